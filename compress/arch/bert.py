@@ -1,0 +1,89 @@
+"""BERT: post-norm LayerNorm encoder, absolute positions, plain FFN. MiniLM and most sentence encoders are this."""
+
+from . import ANY, Architecture, Axis, Branch, Norm, Param
+
+HEADS = "heads{i} * head_dim"
+LAYER = "@encoder.layer.{i}"
+
+
+def linear(name: str, out: str, inp: str, **when: str) -> tuple[Param, Param]:
+    """Weight and bias of a Linear."""
+    return Param(f"{name}.weight", f"{out}, {inp}", **when), Param(f"{name}.bias", out, **when)
+
+
+def layer_norm(name: str) -> tuple[Param, Param]:
+    """Gain and bias of a LayerNorm."""
+    return Param(f"{name}.weight", "hidden"), Param(f"{name}.bias", "hidden")
+
+
+POOLER = linear("@pooler.dense", "hidden", "hidden")
+
+ARCHITECTURE = Architecture(
+    model_type="bert",
+    config=(
+        ("vocab_size", "vocab"),
+        ("max_position_embeddings", "positions"),
+        ("type_vocab_size", "token_types"),
+        ("hidden_size", "hidden"),
+        ("num_attention_heads", "heads"),
+        ("hidden_size", "heads * head_dim"),  # the config has no head_dim: heads cannot leave a stock BERT
+        ("intermediate_size", "ffn"),
+    ),
+    axes=(Axis("ffn"),),
+    blocks="@encoder.layer",
+    depth="num_hidden_layers",
+    embeddings=(
+        "@embeddings.word_embeddings",
+        "@embeddings.position_embeddings",
+        "@embeddings.token_type_embeddings",
+    ),
+    params=(
+        Param("@embeddings.word_embeddings.weight", "vocab, hidden"),
+        Param("@embeddings.position_embeddings.weight", "positions, hidden"),
+        Param("@embeddings.token_type_embeddings.weight", "token_types, hidden"),
+        *layer_norm("@embeddings.LayerNorm"),
+        *linear(f"{LAYER}.attention.self.query", HEADS, "hidden"),
+        *linear(f"{LAYER}.attention.self.key", HEADS, "hidden"),
+        *linear(f"{LAYER}.attention.self.value", HEADS, "hidden"),
+        *linear(f"{LAYER}.attention.output.dense", "hidden", HEADS),
+        *layer_norm(f"{LAYER}.attention.output.LayerNorm"),
+        *linear(f"{LAYER}.intermediate.dense", "ffn{i}", "hidden"),
+        *linear(f"{LAYER}.output.dense", "hidden", "ffn{i}"),
+        *layer_norm(f"{LAYER}.output.LayerNorm"),
+    ),
+    branches=(
+        Branch(
+            norm=f"{LAYER}.attention.output.LayerNorm",
+            reads=(
+                f"{LAYER}.attention.self.query",
+                f"{LAYER}.attention.self.key",
+                f"{LAYER}.attention.self.value",
+            ),
+            writes=f"{LAYER}.attention.output.dense",
+            inner=HEADS,
+        ),
+        Branch(
+            norm=f"{LAYER}.output.LayerNorm",
+            reads=(f"{LAYER}.intermediate.dense",),
+            writes=f"{LAYER}.output.dense",
+            inner="ffn{i}",
+        ),
+    ),
+    norm=Norm("layer", eps="layer_norm_eps"),
+    stream="post-norm",
+    heads={
+        "feature-extraction": POOLER,
+        "text-classification": (*POOLER, *linear("classifier", "labels", "hidden")),
+    },
+    settings={
+        "hidden_act": ANY,
+        "hidden_dropout_prob": ANY,
+        "attention_probs_dropout_prob": ANY,
+        "classifier_dropout": ANY,
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    },
+    token_types=True,
+    causal=False,
+)

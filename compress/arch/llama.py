@@ -1,0 +1,90 @@
+"""Llama: pre-norm RMSNorm decoder, grouped-query attention with RoPE, gated FFN."""
+
+from . import ANY, Architecture, Axis, Branch, Norm, Param
+
+QKV = "kv_heads{i} * queries * head_dim"
+KV = "kv_heads{i} * head_dim"
+
+ARCHITECTURE = Architecture(
+    model_type="llama",
+    config=(
+        ("vocab_size", "vocab"),
+        ("hidden_size", "hidden"),
+        ("intermediate_size", "ffn"),
+        ("num_key_value_heads", "kv_heads"),
+        ("num_attention_heads", "kv_heads * queries"),
+        ("head_dim", "head_dim"),
+    ),
+    axes=(
+        Axis("hidden", multiple_of="num_attention_heads"),  # LlamaConfig.validate_architecture
+        Axis("ffn"),
+        Axis("kv_heads"),
+    ),
+    derived=(("head_dim", "hidden_size", "num_attention_heads"),),
+    blocks="@layers",
+    depth="num_hidden_layers",
+    embeddings=("@embed_tokens",),
+    params=(
+        Param("@embed_tokens.weight", "vocab, hidden"),
+        Param("@layers.{i}.input_layernorm.weight", "hidden"),
+        Param("@layers.{i}.self_attn.q_proj.weight", f"{QKV}, hidden"),
+        Param("@layers.{i}.self_attn.k_proj.weight", f"{KV}, hidden"),
+        Param("@layers.{i}.self_attn.v_proj.weight", f"{KV}, hidden"),
+        Param("@layers.{i}.self_attn.o_proj.weight", f"hidden, {QKV}"),
+        Param("@layers.{i}.self_attn.q_proj.bias", QKV, when="attention_bias"),
+        Param("@layers.{i}.self_attn.k_proj.bias", KV, when="attention_bias"),
+        Param("@layers.{i}.self_attn.v_proj.bias", KV, when="attention_bias"),
+        Param("@layers.{i}.self_attn.o_proj.bias", "hidden", when="attention_bias"),
+        Param("@layers.{i}.post_attention_layernorm.weight", "hidden"),
+        Param("@layers.{i}.mlp.gate_proj.weight", "ffn{i}, hidden"),
+        Param("@layers.{i}.mlp.up_proj.weight", "ffn{i}, hidden"),
+        Param("@layers.{i}.mlp.down_proj.weight", "hidden, ffn{i}"),
+        Param("@layers.{i}.mlp.gate_proj.bias", "ffn{i}", when="mlp_bias"),
+        Param("@layers.{i}.mlp.up_proj.bias", "ffn{i}", when="mlp_bias"),
+        Param("@layers.{i}.mlp.down_proj.bias", "hidden", when="mlp_bias"),
+        Param("@norm.weight", "hidden"),
+    ),
+    branches=(
+        Branch(
+            norm="@layers.{i}.input_layernorm",
+            reads=(
+                "@layers.{i}.self_attn.q_proj",
+                "@layers.{i}.self_attn.k_proj",
+                "@layers.{i}.self_attn.v_proj",
+            ),
+            writes="@layers.{i}.self_attn.o_proj",
+            inner=QKV,
+        ),
+        Branch(
+            norm="@layers.{i}.post_attention_layernorm",
+            reads=("@layers.{i}.mlp.gate_proj", "@layers.{i}.mlp.up_proj"),
+            writes="@layers.{i}.mlp.down_proj",
+            inner="ffn{i}",
+        ),
+    ),
+    norm=Norm("rms", eps="rms_norm_eps"),
+    stream="pre-norm",
+    final_norm="@norm",
+    heads={
+        "feature-extraction": (),
+        "text-generation": (
+            Param(
+                "lm_head.weight",
+                "vocab, hidden",
+                shared_when="tie_word_embeddings",
+                shared_with="@embed_tokens.weight",
+            ),
+        ),
+    },
+    reads_stream=("lm_head",),
+    settings={
+        "hidden_act": ANY,
+        "attention_bias": (False, True),
+        "mlp_bias": (False, True),
+        "attention_dropout": ANY,
+        "rope_parameters": ANY,
+        "rope_scaling": ANY,
+        "rope_theta": ANY,
+        "pretraining_tp": (1,),
+    },
+)

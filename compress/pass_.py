@@ -1,0 +1,76 @@
+"""The interface of a pass: one change to a checkpoint.
+
+A pass is a frozen pydantic dataclass whose fields are the recipe's options; its module says the maths. It is found by
+name through the entry-point group `tersor.passes`. `requires` runs against the plan, before any weight is read;
+`apply` changes the checkpoint in place and returns the checks that must hold from then on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .checkpoint import Check, Checkpoint
+    from .layout import Layout
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""Configuration of every options dataclass: unknown keys and wrong types are refused."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the plan says of a step before it runs.
+
+    Attributes:
+        layout: shapes after the step.
+        memory: bytes above the weights that the step needs at its peak.
+        notes: lines for people: the grid taken, where parameters go.
+    """
+
+    layout: Layout
+    memory: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use beside its options.
+
+    Attributes:
+        calibration: token sequences (int64 `[n_i]`), seeded and fixed for the run; never held-out data.
+        seed: the recipe's seed, already specific to the step.
+        track: wraps an iterable of known length in a progress bar.
+        details: numbers a pass wants in the journal and the report.
+    """
+
+    calibration: list[np.ndarray]
+    seed: int = 0
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, _label: items)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(ABC):
+    """Base of all passes."""
+
+    needs_calibration: ClassVar[bool] = False
+
+    @abstractmethod
+    def requires(self, layout: Layout) -> Forecast:
+        """Check the options against the shapes they will meet and predict the outcome.
+
+        Raises:
+            RecipeError: the options cannot work on this layout.
+        """
+
+    @abstractmethod
+    def apply(self, checkpoint: Checkpoint, context: Context) -> list[Check]:
+        """Change the checkpoint; return what must hold from now on."""

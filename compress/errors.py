@@ -20,6 +20,10 @@ class TersorError(Exception):
         message = f"{place}: " + ", ".join(parts)
         super().__init__(f"{message}. {remedy}" if remedy else message)
 
+    def at(self, place: str) -> TersorError:
+        """The same error, said of a place that the caller knows better (a line of the recipe)."""
+        return type(self)(f"{place}: {self.place}" if self.place else place, self.found, self.expected, self.remedy)
+
 
 class RecipeError(TersorError):
     """The recipe or the command line asks for something that cannot be (exit 2)."""

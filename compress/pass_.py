@@ -2,15 +2,16 @@
 
 A pass is a frozen pydantic dataclass whose fields are the recipe's options; its module says the maths. It is found by
 name through the entry-point group `tersor.passes`. `requires` runs against the plan, before any weight is read;
-`apply` changes the checkpoint in place and returns the checks that must hold from then on.
+`apply` changes the checkpoint in place; `checks` says what must hold from then on, from nothing but the journalled
+details, so that a resumed run and `tersor verify` hold the result to the same promises.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from .checkpoint import Check, Checkpoint
     from .layout import Layout
-
-T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 """Configuration of every options dataclass: unknown keys and wrong types are refused."""
@@ -43,13 +42,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use beside its options.
+    """What a pass may use beside its options, and where it leaves word.
 
     Attributes:
         calibration: token sequences (int64 `[n_i]`), seeded and fixed for the run; never held-out data.
         seed: the recipe's seed, already specific to the step.
         track: wraps an iterable of known length in a progress bar.
-        details: numbers a pass wants in the journal and the report.
+        details: JSON values for the journal and the report.
     """
 
     calibration: list[np.ndarray]
@@ -72,5 +71,9 @@ class Pass(ABC):
         """
 
     @abstractmethod
-    def apply(self, checkpoint: Checkpoint, context: Context) -> list[Check]:
-        """Change the checkpoint; return what must hold from now on."""
+    def apply(self, checkpoint: Checkpoint, context: Context) -> None:
+        """Change the checkpoint in place, through `Checkpoint.become`."""
+
+    def checks(self, details: Mapping[str, Any]) -> list[Check]:
+        """What must hold from now on, given the details that `apply` left in its context (JSON values)."""
+        return []

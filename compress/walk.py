@@ -8,7 +8,7 @@ everything behind the blocks (final norm, head, soft caps) to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,3 +90,34 @@ class Walk:
         with self._probes() as probes:
             probes[-1].replacement = stream
             return self.model(**inputs, use_cache=False)
+
+
+@contextmanager
+def captured(
+    model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str] = ()
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Remember what the named modules read (`inputs`) or return (`outputs`) in the forwards inside the block.
+
+    Yields a dict by module name, filled by each forward.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def reader(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[name] = args[0] if args else next(iter(named.values()))
+
+        return hook
+
+    def writer(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [model.get_submodule(n).register_forward_pre_hook(reader(n), with_kwargs=True) for n in inputs]
+    hooks += [model.get_submodule(n).register_forward_hook(writer(n)) for n in outputs]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""Passes of tersor.compress. A module's name is the recipe's word."""

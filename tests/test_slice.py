@@ -1,0 +1,218 @@
+"""slice: what must stay the same stays the same, what was asked for is what is delivered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tersor.compress import basis as basis_module
+from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.errors import PreflightError, RecipeError
+from tersor.compress.fuse import fuse, norms, restate, rotate
+from tersor.compress.layout import Layout
+from tersor.compress.pass_ import Context
+from tersor.compress.passes.slice import Slice
+
+ROTATABLE = ["llama", "mistral", "qwen2"]
+
+
+def windows(count: int = 8, length: int = 24, vocab: int = 100, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, vocab, (count, length)))
+
+
+def logits(checkpoint: Checkpoint, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return checkpoint.model()(input_ids=ids, use_cache=False).logits
+
+
+def ids_of(checkpoint: Checkpoint, seed: int = 1) -> torch.Tensor:
+    vocab = checkpoint.layout.families["vocab"]
+    return torch.as_tensor(np.stack(windows(3, 16, vocab, seed)))
+
+
+def sliced(checkpoint: Checkpoint, seed: int = 0, **options: object) -> dict:
+    vocab = checkpoint.layout.families["vocab"]
+    context = Context(windows(vocab=vocab, seed=seed))
+    step = Slice(**options)
+    step.apply(checkpoint, context)
+    checkpoint.checks += step.checks(json.loads(json.dumps(context.details)))
+    assert checkpoint.failing_checks() == []
+    return context.details
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ROTATABLE)
+def test_fusing_alone_changes_nothing(tiny, model_type, tied):
+    dense = tiny(model_type, tie_word_embeddings=tied)
+    layout, tensors = fuse(dense.layout, dense.tensors)
+    ids = ids_of(dense)
+    before = logits(dense, ids)
+    assert (logits(Checkpoint(layout, tensors), ids) - before).abs().max() < 1e-4
+    for norm in norms(dense.layout):  # the twin: gains dropped but not fused
+        tensors[f"{norm}.weight"] = dense.tensors[f"{norm}.weight"]
+    assert (logits(Checkpoint(layout, tensors), ids) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("model_type", ROTATABLE)
+def test_a_full_rotation_changes_nothing(tiny, model_type):
+    dense = tiny(model_type)
+    d = dense.layout.families["hidden"]
+    q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    ids = ids_of(dense)
+    layout, fused = fuse(dense.layout, dense.tensors)
+    rotated = Checkpoint(*rotate(layout, fused, q))
+    assert (logits(rotated, ids) - logits(dense, ids)).abs().max() < 1e-4
+    unfused = Checkpoint(
+        *rotate(layout.resized({}, untie=True), dict(dense.tensors), q)
+    )  # twin: not fused first
+    assert (logits(unfused, ids) - logits(dense, ids)).abs().max() > 1e-2
+
+
+def planted(checkpoint: Checkpoint, rank: int) -> Checkpoint:
+    """The checkpoint with every write to the stream projected on one random subspace of the given rank."""
+    d = checkpoint.layout.families["hidden"]
+    q = torch.linalg.qr(
+        torch.randn(d, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    )[0]
+    tensors, arch, layout = dict(checkpoint.tensors), checkpoint.layout.arch, checkpoint.layout
+    for name in arch.embeddings:
+        full = f"{layout.full(name)}.weight"
+        tensors[full] = (tensors[full].double() @ q @ q.T).float()
+    for block in range(layout.depth):
+        for branch in layout.branches(block):
+            full = f"{branch.writes}.weight"
+            tensors[full] = (q @ q.T @ tensors[full].double()).float()
+            if f"{branch.writes}.bias" in tensors:
+                tensors[f"{branch.writes}.bias"] = (
+                    q @ q.T @ tensors[f"{branch.writes}.bias"].double()
+                ).float()
+    planted = Checkpoint(layout, tensors)
+    planted.become(layout, tensors)
+    return planted
+
+
+@pytest.mark.parametrize("model_type", ROTATABLE)
+def test_a_planted_low_rank_stream_is_recovered_exactly(tiny, model_type):
+    whole = tiny(model_type)
+    d, step = whole.layout.families["hidden"], whole.layout.grid("hidden")
+    k = d - 2 * step if step > 1 else d // 2
+    dense = planted(whole, rank=k)
+    ids = ids_of(dense)
+    before = logits(dense, ids)
+    remove = 1 - restate(dense.layout, {"hidden": k}).parameters / dense.layout.parameters - 1e-6
+    found = sliced(dense, remove=remove)
+    assert found["sizes"]["hidden"] == k
+    assert (logits(dense, ids) - before).abs().max() < 1e-4 * max(1.0, float(before.abs().max()))
+    before = logits(whole, ids)  # twin: a full-rank stream is not recovered
+    sliced(whole, remove=remove)
+    assert (logits(whole, ids) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stock_transformers_reloads_equal_logits_in_a_fresh_process(tiny, tmp_path, tied):
+    checkpoint = tiny("llama", tie_word_embeddings=tied)
+    sliced(checkpoint, remove=0.2)
+    checkpoint.save(tmp_path / "model")
+    ids = ids_of(checkpoint)
+    save_file({"logits": logits(checkpoint, ids), "ids": ids}, tmp_path / "expected.safetensors")
+    script = (
+        "import sys, torch\nfrom safetensors.torch import load_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "e = load_file(sys.argv[2])\n"
+        "m, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "with torch.no_grad(): found = m(input_ids=e['ids'], use_cache=False).logits\n"
+        "assert torch.equal(found, e['logits']), (found - e['logits']).abs().max()\n"
+        "assert not [m for m in sys.modules if m.startswith('tersor')]\n"
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            script,
+            tmp_path / "model",
+            tmp_path / "expected.safetensors",
+            str(torch.get_num_threads()),
+        ],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+    )
+
+
+def test_bfloat16_stays_bfloat16(tiny):
+    checkpoint = tiny("llama", dtype="bfloat16")
+    sliced(checkpoint, remove=0.2)
+    assert {t.dtype for t in checkpoint.tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("remove", [0.1, 0.3, 0.5])
+def test_the_delivered_share_is_the_next_grid_point(tiny, tied, remove):
+    checkpoint = tiny("llama", tie_word_embeddings=tied)
+    before = checkpoint.layout
+    forecast = Slice(remove=remove).requires(before)
+    details = sliced(checkpoint, remove=remove)
+    real = sum(t.numel() for t in {id(t): t for t in checkpoint.tensors.values()}.values())
+    assert real == checkpoint.layout.parameters == forecast.layout.parameters
+    assert details["delivered"] == 1 - real / before.parameters >= remove
+    wider = restate(before, {"hidden": checkpoint.layout.families["hidden"] + before.grid("hidden")})
+    assert wider.parameters > before.parameters * (1 - remove)
+    assert any(f"{real:,}" in note for note in forecast.notes)
+
+
+def test_two_runs_give_the_same_bytes_and_another_calibration_other_bytes(tiny):
+    runs = [tiny("llama") for _ in range(3)]
+    for checkpoint, seed in zip(runs, (0, 0, 1), strict=True):
+        sliced(checkpoint, seed=seed, remove=0.3)
+    first, again, other = (c.tensors for c in runs)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "options", "said"),
+    [
+        ("bert", "feature-extraction", {"remove": 0.2}, "post-norm"),
+        ("llama", "feature-extraction", {"remove": 0.2}, "stream itself"),
+        ("llama", "text-generation", {"remove": 0.99}, "at most"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_by_name(tiny, model_type, task, options, said):
+    layout = Layout.of(tiny(model_type, task).config, task)
+    with pytest.raises(RecipeError, match=said):
+        Slice(**options).requires(layout)
+
+
+def test_options_are_strict():
+    for wrong in (
+        {"remove": 0},
+        {"remove": 1.0},
+        {"remove": 50},
+        {"remove": "0.2"},
+        {"remove": 0.2, "removed": 1},
+    ):
+        with pytest.raises(ValueError, match=r"validation error|unexpected"):
+            Slice(**wrong)
+
+
+def test_padding_is_not_counted():
+    short, long = windows(1, 5)[0], windows(1, 9, seed=3)[0]
+    (batch,) = basis_module.batches([long, short], tokens=100)
+    hidden = torch.arange(2 * 9 * 4, dtype=torch.float32).reshape(2, 9, 4)
+    assert batch.tokens(hidden).shape == (14, 4)
+
+
+def test_activations_that_overflow_name_their_layer(tiny):
+    checkpoint = tiny("llama")
+    name = checkpoint.layout.full("@layers.{i}.mlp.up_proj.weight", 1)
+    checkpoint.tensors[name] = checkpoint.tensors[name] * 1e38
+    with pytest.raises(PreflightError, match=r"layers\.1|norm"):
+        sliced(checkpoint, remove=0.3)

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-SIDE_FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+SIDE_FILES = (
+    "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ class Checkpoint:
         layout: architecture, config, task and dtype.
         tensors: every parameter by its in-memory name; tied names hold the same tensor.
         tokenizer: carried along, or None.
-        side_files: small files that travel with the model (pooling, generation defaults), by relative path.
+        side_files: small files that travel with the model byte for byte (tokenizer, pooling, generation defaults),
+            by relative path.
         checks: promises of the passes so far.
         history: one entry a pass, for the model card.
     """
@@ -212,8 +220,9 @@ class Checkpoint:
         model.config.dtype = self.dtype
         with quiet():
             model.save_pretrained(directory)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        if self.tokenizer is not None and not self.side_files.keys() & set(TOKENIZER_FILES):
+            self.tokenizer.save_pretrained(directory)  # one made in code; files that were read are copied below,
+            # because transformers rebuilds some tokenizers on loading and writes them out differently
         for name, content in self.side_files.items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,8 +237,9 @@ class Checkpoint:
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by name, tied names included, detached."""
-    return {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    """Parameters by name, detached; tied names hold the same tensor object."""
+    seen: dict[int, torch.Tensor] = {}
+    return {n: seen.setdefault(id(p), p.detach()) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

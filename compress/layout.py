@@ -183,14 +183,16 @@ class Layout:
                     "sizes that a stock config can state",
                 )
         for name in changes:
-            axis = self.arch.axis(name)
-            if axis is None:
+            if self.arch.axis(name) is None:
                 fixed = ", ".join(a.name for a in self.arch.axes)
                 raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}", f"one of {fixed}")
+        for axis in self.arch.axes:  # all of them: fewer heads move the grid of an axis that did not change
             multiple = written.get(axis.multiple_of, 1)
-            if sizes[name] % multiple:
+            if sizes[axis.name] % multiple:
                 raise RecipeError(
-                    f"{self.arch.model_type}: {name}", str(sizes[name]), f"a multiple of {axis.multiple_of} ({multiple})"
+                    f"{self.arch.model_type}: {axis.name}",
+                    str(sizes[axis.name]),
+                    f"a multiple of {axis.multiple_of} ({multiple})",
                 )
         for attribute, value in written.items():
             setattr(config, attribute, value)

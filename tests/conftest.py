@@ -1,0 +1,129 @@
+"""Tiny random models and a tiny tokenizer, built in code, for every architecture that has a file.
+
+`tests/tiny/<model_type>.json` holds the small config (`config`) and named variations of it (`variants`) under which the
+contract suite runs. Weights are drawn wider than transformers would (unit gain per layer, norm gains and biases that
+are neither 0 nor 1), so that a wrong gain, a lost bias or a permuted head shows in the logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from tersor.compress.arch import architecture
+from tersor.compress.checkpoint import Checkpoint, named_parameters
+from tersor.compress.layout import Layout, model_class
+
+TINY = Path(__file__).parent / "tiny"
+TASKS = ("text-generation", "feature-extraction", "image-classification")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_changes() -> Iterator[None]:
+    """Fail a test that leaves torch's threads, default dtype or global seed changed, and put them back."""
+    before = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+    yield
+    after = (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+    if after != before:
+        torch.set_num_threads(before[0])
+        torch.set_default_dtype(before[1])
+        torch.manual_seed(before[2])
+        pytest.fail(f"global (threads, dtype, seed) were {before} and are now {after}")
+
+
+def tiny_config(model_type: str, variant: str = "", **changes: Any) -> Any:
+    """A small transformers config of the architecture, from the data beside the suite."""
+    from transformers import AutoConfig
+
+    data = json.loads((TINY / f"{model_type}.json").read_text("utf-8"))
+    return AutoConfig.for_model(
+        model_type, **{**data["config"], **(data["variants"][variant] if variant else {}), **changes}
+    )
+
+
+def tiny_tokenizer() -> Any:
+    """One token a printable ASCII character and newline, 100 entries; other characters are dropped.
+
+    Byte-level BPE without merges, which is what transformers' own classes rebuild for some model types.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    characters = [byte_level.pre_tokenize_str(chr(code))[0][0] for code in (10, *range(32, 127))]
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *characters))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def tiny_checkpoint(
+    model_type: str,
+    task: str | None = None,
+    *,
+    variant: str = "",
+    seed: int = 0,
+    dtype: str = "float32",
+    **config: Any,
+) -> Checkpoint:
+    """A small random model of the architecture.
+
+    Args:
+        model_type: a file of compress/arch.
+        task: optimum's name; by default text generation, features or image classes, the first there is a head for.
+        variant: a named variation of `tests/tiny/<model_type>.json`.
+        seed: of the weights.
+        dtype: of the weights.
+        config: attributes that replace those of the data file.
+    """
+    made = tiny_config(model_type, variant, **config)
+    made.dtype = getattr(torch, dtype)
+    task = task or next(t for t in TASKS if t in architecture(model_type).heads)
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(made, task)._from_config(made, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (1.4 / parameter[0].numel() ** 0.5))
+            else:  # a gain stays around its neutral value (1, or 0 where it is stored as an offset), a bias around 0
+                parameter.add_(noise * 0.3)
+    model.to(getattr(torch, dtype))
+    tokenizer = tiny_tokenizer() if getattr(made, "vocab_size", 0) else None
+    return Checkpoint(Layout.of(made, task, dtype), named_parameters(model), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Checkpoint]:
+    """`tiny(model_type, task=None, *, variant="", seed=0, dtype="float32", **config) -> Checkpoint`."""
+    return tiny_checkpoint
+
+
+@pytest.fixture
+def save_tiny(tmp_path: Path) -> Callable[..., Path]:
+    """`save_tiny(model_type, task=None, **as_tiny) -> Path`: the directory of a saved tiny checkpoint with tokenizer."""
+
+    def save(model_type: str, task: str | None = None, **options: Any) -> Path:
+        directory = tmp_path / f"{model_type}-{len(list(tmp_path.iterdir()))}"
+        tiny_checkpoint(model_type, task, **options).save(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tiny tokenizer."""
+    return tiny_tokenizer()

@@ -1,0 +1,359 @@
+"""The command line. Every verb mirrors a function of `tersor.compress`; heavy imports wait until a verb runs.
+
+Exit codes: 0 done · 2 recipe or usage · 3 gate missed · 4 parity missed · 5 preflight (memory, disk, a broken file,
+a missing extra) · 1 crash · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import TersorError
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+app = typer.Typer(
+    name="tersor",
+    help="Makes transformer checkpoints small and fast: recipes of passes, accuracy gates, packed ONNX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships (quickstart).")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A checkpoint directory or a hub id, instead of the recipe's.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: passes.0.with.remove=0.3")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask a hub.")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")]
+
+
+def _recipe(reference: str, model: str | None, overrides: Sequence[str] | None) -> Recipe:
+    from .recipe import load_recipe
+
+    recipe = load_recipe(reference, overrides or ())
+    return recipe.model_copy(update={"model": model, "base": Path.cwd()}) if model else recipe
+
+
+def _print(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1, ensure_ascii=False))
+    else:
+        show(value)
+
+
+def _table(rows: Sequence[Sequence[str]], title: str = "") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *body = rows
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number and len(head) > 2 else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    # A table cut to 80 columns in a log loses its figures; only a real terminal sets the width.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a recipe; reads no weights."""
+    loaded = _recipe(recipe, None, overrides)
+    checked = _check_layout(loaded)
+    _print(
+        {"recipe": loaded.name, "digest": loaded.digest, "valid": True, "model_checked": checked},
+        as_json,
+        lambda v: print(f"{v['recipe']}: valid" + ("" if checked else " (its model is not here to check it against)")),
+    )
+
+
+def _check_layout(recipe: Recipe) -> bool:
+    """Plan against the model's config where that lies on this machine; a model elsewhere is not fetched for it."""
+    from .errors import PreflightError
+    from .run import How, resolve
+
+    if recipe.model is None:
+        return False
+    try:
+        resolve(recipe, How(offline=True))
+    except PreflightError:
+        return False
+    return True
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe will do to a model: parameters, bytes, peak memory. Reads no weights."""
+    from .preflight import size
+    from .run import How, resolve
+
+    _, made = resolve(_recipe(recipe, model, overrides), How(offline=offline))
+
+    def show(found: dict[str, Any]) -> None:
+        original = found["original"]
+        rows = [["step", "parameters", "bytes", "peak memory"]]
+        rows.append(["original", f"{original['parameters']:,}", size(original["bytes"]), "–"])
+        for step in found["steps"]:
+            change = f" ({100 * (step['parameters'] / original['parameters'] - 1):+.1f} %)"
+            change = "" if step["parameters"] == original["parameters"] else change
+            rows.append(
+                [step["step"], f"{step['parameters']:,}{change}", size(step["bytes"]), size(step["peak_memory"])]
+            )
+        _table(rows, f"{found['recipe']}: {found['architecture']}, {found['task']}, {found['dtype']}")
+        for step in found["steps"]:
+            for note in step["notes"]:
+                print(f"  {step['step']}: {note}")
+        print(f"  disk: {size(found['disk'])}")
+
+    _print(made.as_dict(), as_json, show)
+
+
+@app.command(name="apply")
+def apply_(
+    recipe: RecipeArgument,
+    model: ModelOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Run directory [default: runs/NAME, the next free].")] = None,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Try the recipe in seconds on a shrunk random model.")] = False,
+    offline: OfflineOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a recipe: passes, gates, export, report."""
+    from rich.console import Console
+
+    from . import report, run
+    from .errors import RecipeError
+    from .progress import Progress
+
+    if resume and output is None:
+        raise RecipeError("--resume", "no --output", "the folder of the run to continue")
+    progress = Progress(None if as_json else Console(stderr=True))
+    how = run.How(output, resume, offline, threads, enforce=not smoke, progress=progress)
+    loaded = _recipe(recipe, model, overrides)
+    try:
+        outcome = _smoke(loaded, how) if smoke else run.apply(loaded, how)
+    except TersorError:
+        _show_failed(output, as_json)
+        raise
+
+    def show(metrics: dict[str, Any]) -> None:
+        _table(report.rows(metrics), f"{metrics['recipe']}{' (smoke: random weights)' if smoke else ''}")
+        if not smoke:
+            print(f"  {outcome.directory}/report.md")
+
+    _print(outcome.metrics, as_json, show)
+
+
+def _show_failed(output: Path | None, as_json: bool) -> None:
+    """After a missed gate the measurements are what a user wants to see."""
+    from . import report
+
+    if output is None or not (output / "metrics.json").is_file():
+        return
+    metrics = json.loads((output / "metrics.json").read_text("utf-8"))
+    if metrics["verdict"] == "fail":
+        _print(metrics, as_json, lambda m: _table(report.rows(m), f"{m['recipe']}: FAILED"))
+
+
+def _smoke(recipe: Recipe, how: Any) -> Any:
+    from dataclasses import replace
+
+    from . import run, smoke
+
+    source, made = run.resolve(recipe, how)
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "model"
+        smoke.write_smoke_model(source, made.layout, small, recipe.seed)
+        output = how.output or Path(folder) / "run"
+        return run.apply(smoke.smoke_recipe(recipe, small), replace(how, output=output))
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or an artifact.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Take data, metrics and gates from this recipe.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Held-out text: .txt, .jsonl or a folder.")] = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", help="Comma-separated names.")] = None,
+    against: Annotated[str | None, typer.Option("--against", help="The original: a checkpoint or an artifact.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1)] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a sample.")] = 256,
+    overrides: SetOption = None,
+    offline: OfflineOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint or an artifact on held-out text; with a recipe's gates, judge it."""
+    from . import evaluation
+    from .errors import GateMissed, RecipeError
+
+    if (recipe is None) == (data is None):
+        raise RecipeError("tersor eval", "both or neither of --recipe and --data", "one of them")
+    names = tuple(n.strip() for n in metrics.split(",")) if metrics else ()
+    loaded = _recipe(recipe, None, overrides) if recipe else None
+    asked = evaluation.Question(model, against, names, threads, offline)
+    found = asked.by_recipe(loaded) if loaded else asked.by_text(str(data), samples, length)
+
+    def show(result: dict[str, Any]) -> None:
+        blocks = [b for b in ("original", "model") if b in result]
+        keys = [k for k in result["model"] if k not in ("intervals", "verdicts")]
+        rows = [["", *blocks, "95 % interval"]]
+        for key in keys:
+            low, high = result["model"].get("intervals", {}).get(key, (None, None))
+            cells = [_number(result[b].get(key)) for b in blocks]
+            rows.append([key.replace("_", " "), *cells, f"{low:.4g} … {high:.4g}" if low is not None else "–"])
+        _table(rows, model)
+        for verdict in result["model"].get("verdicts", ()):
+            print(f"  {'met' if verdict['passed'] else 'MISSED'}: {verdict['text']}")
+
+    _print(found, as_json, show)
+    missed = [v["text"] for v in found["model"].get("verdicts", ()) if not v["passed"]]
+    if missed:
+        raise GateMissed("gate", "; ".join(missed))
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", help="The artifact's folder; must not exist.")],
+    use: Annotated[str, typer.Option("--use", help="The exporter.")] = "onnx",
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the exporter: inputs=padded")] = None,
+    task: Annotated[str | None, typer.Option("--task")] = None,
+    offline: OfflineOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a checkpoint as it is, and hold the artifact against it."""
+    from . import preflight
+    from .checkpoint import Checkpoint, locate
+    from .errors import RecipeError
+    from .recipe import exporter_options
+    from .run import random_sequences
+    from .rundir import written_beside
+
+    if output.exists():
+        raise RecipeError(f"--output {output}", "something there already", "a folder that does not exist")
+    exporter = exporter_options(use, overrides or ())
+    checkpoint = Checkpoint.load(locate(model, offline), task)
+    exporter.requires(checkpoint.layout)
+    with preflight.threads(threads), written_beside(output) as beside:
+        artifact = exporter.write(checkpoint, beside, random_sequences(checkpoint, 0))
+    _print(artifact, as_json, lambda a: print(f"{output}: {a['parity']}" if a.get("parity") else str(output)))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")], as_json: JsonOption = False
+) -> None:
+    """Reopen a run's results with stock transformers and ONNX Runtime in fresh processes, and check its promises."""
+    from .errors import ParityMissed
+    from .verify import verify as run_verify
+
+    findings = run_verify(directory)
+
+    def show(_: Any) -> None:
+        _table([["", "promise", ""], *([("✓" if f.holds else "✗"), f.what, f.detail] for f in findings)], str(directory))
+
+    _print([vars(f) for f in findings], as_json, show)
+    broken = [f"{f.what}: {f.detail}" for f in findings if not f.holds]
+    if broken:
+        raise ParityMissed(str(directory), "; ".join(broken))
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Say all about one pass or exporter.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the passes and exporters, or describe one with its options."""
+    from . import catalogue
+
+    if name is None:
+        listed = catalogue.summary()
+        _print(listed, as_json, lambda v: _table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in v)]))
+        return
+    found = catalogue.describe(name)
+
+    def show(entry: dict[str, Any]) -> None:
+        print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n")
+        _table([["option", "type", "default", "meaning"], *([o["name"], o["type"], o["default"], o["meaning"]] for o in entry["options"])])
+
+    _print(found, as_json, show)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from .recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has: versions, cores, memory, disk, extras."""
+    from .doctor import examine
+
+    found = examine()
+    _print(found, as_json, lambda v: _table([["", ""], *([k, str(x)] for k, x in v.items())], "tersor doctor"))
+
+
+def _message(error: BaseException) -> tuple[str, int] | None:
+    """One line and an exit code for everything that is not a bug of ours."""
+    if isinstance(error, TersorError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; finished steps are kept: tersor apply … --output DIR --resume", 130
+    if isinstance(error, MemoryError):
+        return "memory: the machine has no more. tersor plan says what a run needs", 5
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        return f"{error.filename or 'disk'}: {error.strerror}. Nothing half-written is left; continue with --resume", 5
+    return None
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one line, without a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, click.Abort):
+            error = KeyboardInterrupt()
+        known = _message(error)
+        if known is None:
+            raise
+        print(f"tersor: {known[0]}", file=sys.stderr)
+        sys.exit(known[1])
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

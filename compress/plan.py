@@ -1,0 +1,142 @@
+"""Plan: recipe × layout, checked step by step before any weight is read.
+
+Predicts parameters, stored bytes and peak memory from the config alone, and refuses what cannot work with the place
+in the recipe that asks for it.
+
+Peak memory of a run is the larger of its two kinds of moment: a pass at work (stored weights before and after, plus
+what the pass says it needs) and a measurement (original and result as float32 modules side by side, plus logits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import TersorError
+from .layout import Layout
+from .recipe import Recipe
+
+PROCESS = 450 << 20
+"""Bytes of an interpreter with torch, transformers and ONNX Runtime loaded (resident, measured)."""
+SCORING = 64 << 20
+"""Bytes of activations and buffers while scoring, beside the logits."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of the run.
+
+    Attributes:
+        name: unique in the run, e.g. `1-slice`; names its folder and its journal line.
+        kind: `pass` or `export`.
+        use: the word in the recipe.
+        options: the pass or exporter.
+        layout: shapes after the step.
+        memory: predicted peak of the process in bytes while the step runs.
+        notes: lines for people.
+    """
+
+    name: str
+    kind: str
+    use: str
+    options: Any
+    layout: Layout
+    memory: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "step": self.name,
+            "kind": self.kind,
+            "use": self.use,
+            "parameters": self.layout.parameters,
+            "bytes": self.layout.bytes,
+            "peak_memory": self.memory,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and what it will need."""
+
+    recipe: Recipe
+    layout: Layout
+    passes: tuple[PlannedStep, ...]
+    exports: tuple[PlannedStep, ...]
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """All steps in order."""
+        return self.passes + self.exports
+
+    @property
+    def final(self) -> Layout:
+        """Shapes of the result."""
+        return self.passes[-1].layout if self.passes else self.layout
+
+    @property
+    def peak_memory(self) -> int:
+        """Predicted peak of the process, in bytes."""
+        return max([step.memory for step in self.steps], default=scoring_memory(self.layout, self.layout, self.recipe))
+
+    @property
+    def disk(self) -> int:
+        """Bytes the run directory needs at its fullest: every pass' result, the model, the artifacts in float32."""
+        artifacts = sum(step.layout.parameters * 4 for step in self.exports)
+        return sum(step.layout.bytes for step in self.passes) + self.final.bytes + 2 * artifacts
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form (plan.json)."""
+        return {
+            "recipe": self.recipe.name,
+            "architecture": self.layout.arch.model_type,
+            "task": self.layout.task,
+            "dtype": self.layout.dtype,
+            "original": {"parameters": self.layout.parameters, "bytes": self.layout.bytes},
+            "steps": [step.as_dict() for step in self.steps],
+            "result": {"parameters": self.final.parameters, "bytes": self.final.bytes},
+            "peak_memory": self.peak_memory,
+            "disk": self.disk,
+        }
+
+
+def scoring_memory(original: Layout, result: Layout, recipe: Recipe) -> int:
+    """Peak bytes while result and original are scored side by side in float32."""
+    heldout = recipe.data.heldout
+    tokens = 16 * (heldout.length if heldout else 128)
+    logits = 6 * tokens * result.families.get("vocab", 0) * 4 if result.task == "text-generation" else 0
+    return PROCESS + SCORING + 4 * (original.parameters + result.parameters) + original.bytes + result.bytes + logits
+
+
+def make_plan(recipe: Recipe, layout: Layout) -> Plan:
+    """Check every step of `recipe` against the shapes it will meet.
+
+    Raises:
+        RecipeError: a step cannot work; says at which line of the recipe.
+    """
+    original = layout
+    passes: list[PlannedStep] = []
+    for number, step in enumerate(recipe.passes):
+        try:
+            forecast = step.options.requires(layout)
+        except TersorError as error:
+            raise error.at(recipe.place("passes", number)) from error
+        working = PROCESS + original.bytes + layout.bytes + forecast.layout.bytes + forecast.memory
+        memory = max(working, scoring_memory(original, forecast.layout, recipe))
+        passes.append(
+            PlannedStep(f"{number + 1}-{step.use}", "pass", step.use, step.options, forecast.layout, memory, forecast.notes)
+        )
+        layout = forecast.layout
+    exports: list[PlannedStep] = []
+    for number, export in enumerate(recipe.export):
+        try:
+            forecast = export.options.requires(layout)
+        except TersorError as error:
+            raise error.at(recipe.place("export", number)) from error
+        memory = max(PROCESS + layout.bytes + forecast.memory, scoring_memory(original, layout, recipe))
+        used = [e.use for e in exports].count(export.use)
+        name = export.use if not used else f"{export.use}-{used + 1}"
+        exports.append(PlannedStep(name, "export", export.use, export.options, layout, memory, forecast.notes))
+    return Plan(recipe, original, tuple(passes), tuple(exports))

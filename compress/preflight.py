@@ -1,0 +1,126 @@
+"""What is settled before a run starts: enough memory and disk, the threads, and what exactly goes in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import PreflightError
+from .plan import Plan
+from .recipe import Recipe
+from .rundir import hash_file
+
+DISTRIBUTIONS = ("tersor", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy", "safetensors")
+
+
+def check(plan: Plan, output: Path) -> None:
+    """Refuse a run that the machine cannot carry.
+
+    Raises:
+        PreflightError: names what is short and by how much.
+    """
+    import psutil
+
+    available = psutil.virtual_memory().available
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        available = min(available, soft)
+    if plan.peak_memory > available:
+        raise PreflightError("memory", f"{size(available)} available", f"{size(plan.peak_memory)} (see tersor plan)")
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.disk > free:
+        raise PreflightError(f"--output {output}", f"{size(free)} free on its disk", size(plan.disk))
+
+
+def size(number: float) -> str:
+    """Bytes for people: `9.6 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def thread_count(wanted: int | None) -> int:
+    """The number of CPU threads a run uses: as asked, else the cores this process may use."""
+    return wanted or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else wanted or os.cpu_count() or 1
+
+
+@contextmanager
+def threads(wanted: int | None) -> Iterator[None]:
+    """Torch's intra-op threads for the duration of a run."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(thread_count(wanted))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
+    """What a run depends on: the recipe, the weights and the data by hash, versions and machine for the record."""
+    return {
+        "recipe": recipe.digest,
+        "weights": {p.name: hash_file(p) for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")},
+        "data": {
+            part: _hash_source(data.path, recipe.base)
+            for part in ("calibration", "heldout")
+            if (data := getattr(recipe.data, part)) is not None
+        },
+        "seed": recipe.seed,
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()},
+    }
+
+
+def _hash_source(path: str, base: Path | None) -> str:
+    from .data import resolve_path
+
+    found = resolve_path(path, base)
+    if found.is_file():
+        return hash_file(found)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in found.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(found)} {hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def cpu_name() -> str:
+    """The processor's own name, if it tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

@@ -1,0 +1,63 @@
+"""A shrunk random model of the same architecture, so that a recipe can be checked in seconds.
+
+Axes go down to a few units by the architecture's own equations; vocabulary, tokenizer and every switch of the config
+stay, so the same code paths run. Its scores mean nothing: gates are judged but not enforced.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, load_tokenizer, named_parameters, quiet, read_side_files
+from .layout import Layout, model_class
+from .recipe import Recipe
+
+SMALL = {"kv_heads": 2, "queries": 2, "heads": 4, "head_dim": 16, "ffn": 96}
+BLOCKS = 2
+SAMPLES, LENGTH = 16, 64
+
+
+def shrink_config(layout: Layout) -> Layout:
+    """The layout with few blocks and narrow axes, as a config that transformers accepts."""
+    sizes = {name: min(size, SMALL.get(name, size)) for name, size in layout.families.items()}
+    heads = math.prod(sizes[a] for a in ("kv_heads", "queries", "heads") if a in sizes)
+    sizes["hidden"] = min(sizes["hidden"], heads * sizes.get("head_dim", 16))
+    config = copy.deepcopy(layout.config)
+    for attribute, product in layout.arch.config:
+        setattr(config, attribute, math.prod(sizes[a.strip()] for a in product.split("*")))
+    depth = min(layout.depth, BLOCKS)
+    setattr(config, layout.arch.depth, depth)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layout.depth:
+            setattr(config, name, value[:depth])
+    return Layout.of(config, layout.task, layout.dtype)
+
+
+def write_smoke_model(source: Path, layout: Layout, directory: Path, seed: int) -> None:
+    """Write a small random checkpoint of `layout`'s kind, with the tokenizer of `source`."""
+    small = shrink_config(layout)
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)
+        model = model_class(small.config, small.task)(small.config)
+    Checkpoint(
+        small,
+        {n: t.to(getattr(torch, small.dtype)) for n, t in named_parameters(model).items()},
+        load_tokenizer(source),
+        read_side_files(source),
+    ).save(directory)
+
+
+def smoke_recipe(recipe: Recipe, model: Path) -> Recipe:
+    """The recipe on the small model, with a little of its data."""
+    data = recipe.data
+    parts = {
+        name: replace(part, samples=min(part.samples, SAMPLES), length=min(part.length, LENGTH))
+        for name in ("calibration", "heldout")
+        if (part := getattr(data, name)) is not None
+    }
+    return recipe.model_copy(update={"model": str(model), "data": data.model_copy(update=parts)})

@@ -1,36 +1,27 @@
 """Measuring a checkpoint or an artifact beside the original, and holding it to gates.
 
-One protocol, `Scorer`, is satisfied by torch (evaluate/torch_scorer.py) and by an artifact's client
-(tersor.export.client), so that one evaluator serves both and what ships is what was measured.
+One protocol, `Scorer`, is satisfied by torch (torch_scorer.py) and by an artifact's client (tersor.export.client), so
+that one evaluator serves both and what ships is what was measured.
+
+Read: scorer.py (the protocol) → metrics.py (what is measured, one function a metric) → score.py (`evaluate`) → gate.py.
 """
 
-from __future__ import annotations
+from .gate import Gate, Verdict, judge
+from .latency import latency
+from .metrics import METRICS, Metric, check_metrics
+from .score import Score, evaluate
+from .scorer import Output, Scorer
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
-
-import numpy as np
-
-Output = Literal["logits", "embedding"]
-
-
-class Scorer(Protocol):
-    """Something that runs a model on token sequences.
-
-    Attributes:
-        output: what a call returns for each sequence.
-        parameters: real parameters of the model, each storage once.
-        bytes: size of the weights (checkpoint) or of the files (artifact).
-    """
-
-    output: Output
-    parameters: int
-    bytes: int
-
-    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Score sequences (int64 `[n_i]` token ids each) in any order.
-
-        Returns:
-            in the order given, float32: logits `[n_i, vocab]`, or an embedding `[hidden]`.
-        """
-        ...
+__all__ = [
+    "METRICS",
+    "Gate",
+    "Metric",
+    "Output",
+    "Score",
+    "Scorer",
+    "Verdict",
+    "check_metrics",
+    "evaluate",
+    "judge",
+    "latency",
+]

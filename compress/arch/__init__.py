@@ -99,6 +99,8 @@ class Architecture:
     """Head modules that read the final norm's output."""
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config attributes that change the maths → the values understood here (`ANY`: carried through untouched)."""
+    activation: str = "hidden_act"
+    """Config attribute that names the FFN's activation."""
     position_ids: bool = True
     """Whether forward takes `position_ids`."""
     token_types: bool = False

@@ -1,0 +1,1 @@
+"""Passes that leave things out: zeros that leave the shapes, and what makes zeros."""

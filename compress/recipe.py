@@ -1,0 +1,318 @@
+"""Recipe: what to do, as frozen data. Model, text, passes, gates, exports, seed; how it is run is the command line's.
+
+A recipe is read as plain YAML (yaml_file.py), changed by `--set` (overrides.py) and validated by pydantic in strict
+JSON mode: lists become tuples and whole numbers become floats where a field wants them, nothing else is converted.
+Each error comes back with the line and column it stems from (complaints.py). The options of a pass are the fields of
+its class, found by name; no other pass is imported, and neither torch nor transformers.
+
+Relative paths (`model`, `data.*.path`) are tried from the working directory, then from the recipe's own folder
+(paths.py). They stay as written, so that the recipe and its digest are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .complaints import RecipeErrors, as_written, translate
+from .data import Source
+from .errors import RecipeError
+from .evaluate.gate import Gate
+from .exporter import Exporter
+from .overrides import override
+from .pass_ import Pass
+from .registry import find_exporter, find_pass
+from .words import nearest, one_of
+from .yaml_file import Document, Loc, Mark, dotted, read_yaml, to_yaml
+
+FORBID = ConfigDict(
+    extra="forbid", strict=True, frozen=True, validate_default=True, validate_by_name=True, validate_by_alias=True
+)
+
+
+def _one_or_more(value: Any) -> Any:
+    """One gate or a list of them."""
+    if isinstance(value, (dict, Gate)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Gates = Annotated[tuple[Gate, ...], BeforeValidator(_one_or_more)]
+
+
+class Data(BaseModel):
+    """The text of a recipe.
+
+    Attributes:
+        calibration: what passes may look at.
+        heldout: what metrics and gates are measured on; no pass ever sees it.
+    """
+
+    model_config = FORBID
+
+    calibration: Source | None = None
+    heldout: Source | None = None
+
+
+class PassStep(BaseModel):
+    """One pass.
+
+    Attributes:
+        use: name of the pass.
+        options: its options, instantiated.
+        gate: limits that must hold after this step.
+    """
+
+    model_config = FORBID
+
+    use: str
+    options: Pass = Field(default_factory=dict, alias="with")  # type: ignore[assignment]
+    gate: Gates = ()
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        return _known(use, find_pass)
+
+    @field_validator("options", mode="plain")
+    @classmethod
+    def _instantiated(cls, value: Any, info: ValidationInfo) -> Any:
+        return _instance(value, info, find_pass)
+
+
+class ExportStep(BaseModel):
+    """One export.
+
+    Attributes:
+        use: name of the exporter.
+        options: its options, instantiated.
+        gate: limits that must hold on this artifact, besides the recipe's own.
+    """
+
+    model_config = FORBID
+
+    use: str
+    options: Exporter = Field(default_factory=dict, alias="with")  # type: ignore[assignment]
+    gate: Gates = ()
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        return _known(use, find_exporter)
+
+    @field_validator("options", mode="plain")
+    @classmethod
+    def _instantiated(cls, value: Any, info: ValidationInfo) -> Any:
+        return _instance(value, info, find_exporter)
+
+
+class Recipe(BaseModel):
+    """What to do with a checkpoint.
+
+    Attributes:
+        recipe: version of the schema.
+        name: what the run is called; the file's stem if not given.
+        model: checkpoint directory, `package:NAME/dir`, or hub id; `--model` overrides.
+        task: optimum's task name; taken from the checkpoint's config if not given.
+        dtype: dtype of the saved checkpoint; its source's if not given.
+        seed: seed of every choice.
+        data: calibration and held-out text.
+        metrics: what is measured besides parameters, bytes and latency.
+        passes: what is done, in order.
+        gate: limits on the final checkpoint and again on each artifact.
+        export: what is written besides the checkpoint.
+    """
+
+    model_config = FORBID
+
+    recipe: Literal[1]
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\\]+$")] = "recipe"
+    model: Annotated[str, Field(min_length=1)] | None = None
+    task: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: Data = Data()
+    metrics: tuple[str, ...] = ()
+    passes: tuple[PassStep, ...] = ()
+    gate: Gates = ()
+    export: tuple[ExportStep, ...] = ()
+
+    _base: Path | None = PrivateAttr(default=None)
+    _document: Document | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal by what they say, wherever it was read."""
+        return isinstance(other, Recipe) and self.canonical() == other.canonical()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def base(self) -> Path | None:
+        """Folder of the file; where relative paths are tried after the working directory."""
+        return self._base
+
+    @property
+    def places(self) -> Mapping[Loc, str]:
+        """`file:line:column` (or `--set K=V`) of every value that was written, by path."""
+        return {} if self._document is None else {loc: str(mark) for loc, mark in self._document.values.items()}
+
+    def place(self, *loc: str | int) -> str:
+        """Where an error about `loc` belongs: `recipe.yaml:9:20: passes.0.with.remove`.
+
+        What was not written stands at the nearest thing around it that was.
+        """
+        if self._document is None:
+            return f"recipe {self.name}: {dotted(loc)}"
+        loc = as_written(loc, self._document.value)
+        mark = nearest_mark(self._document, loc)
+        return f"{mark}: {dotted(loc)}" if loc else str(mark)
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as plain JSON, defaults filled in."""
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True, serialize_as_any=True)
+        return plain
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as resolved: overrides applied, defaults filled in. Loads back to the same digest."""
+        return to_yaml(_without_nothing(self.canonical()))
+
+    def check(self) -> None:
+        """Refuse what needs no model to be seen wrong: unmeasured gates, missing or shared text.
+
+        Raises:
+            RecipeError: one line for each thing that is wrong.
+        """
+        from .recipe_checks import wrong
+
+        faults = list(wrong(self))
+        if self._document is not None:
+            written = self._document
+            faults.sort(key=lambda fault: nearest_mark(written, as_written(fault[0], written.value)).order)
+        if faults:
+            raise RecipeErrors([RecipeError(self.place(*loc), *said) for loc, *said in faults])
+
+
+def _without_nothing(value: Any) -> Any:
+    """Without the optional things that are absent; a pass's own nulls stay."""
+    if isinstance(value, list):
+        return [_without_nothing(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    written = {key: part for key, part in value.items() if part is not None and part != []}
+    return {key: part if key == "with" else _without_nothing(part) for key, part in written.items()}
+
+
+def _known(use: str, find: Callable[[str], type]) -> str:
+    try:
+        find(use)
+    except RecipeError as error:
+        raise _said(error) from error
+    return use
+
+
+def _said(error: RecipeError) -> PydanticCustomError:
+    context = {"found": error.found, "expected": error.expected, "remedy": error.remedy}
+    return PydanticCustomError("recipe", "{found}", context)
+
+
+def _instance(value: Any, info: ValidationInfo, find: Callable[[str], type]) -> Any:
+    if "use" not in info.data:  # refused already
+        return value
+    kind = find(info.data["use"])
+    if isinstance(value, kind):
+        return value
+    try:
+        return adapter(kind).validate_json(json.dumps({} if value is None else value))
+    except RecipeError as error:  # a pass's own validator may speak for itself
+        raise _said(error) from error
+
+
+@lru_cache(maxsize=None)
+def adapter(kind: type) -> TypeAdapter[Any]:
+    """The validator of an options class."""
+    return TypeAdapter(kind)
+
+
+def nearest_mark(document: Document, loc: Loc) -> Mark:
+    """Place of the value at `loc`, or of the nearest thing around it that was written."""
+    while loc and loc not in document.values:
+        loc = loc[:-1]
+    return document.values[loc]
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that ship with tersor, by name."""
+    folder = Path(str(resources.files("tersor.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a .yaml file, or the shipped one of that name.
+
+    Args:
+        reference: a path, or a name from `shipped()`.
+        overrides: `passes.0.with.remove=0.3` and the like, in order; the value is YAML.
+
+    Raises:
+        RecipeError: a line for each thing that is wrong: file, line, column, key, found, expected, remedy.
+    """
+    path, name = _find(reference)
+    document = read_yaml(path, name)
+    if document.value is None:
+        raise RecipeError(name, "an empty file", "a recipe", "Its first line is `recipe: 1`.")
+    for text in overrides:
+        override(document, text)
+    if not isinstance(document.value, dict):
+        raise RecipeError(str(document.values[()]), _kind(document.value), "a mapping", "Its first line is `recipe: 1`.")
+    written = document.value if "name" in document.value else {**document.value, "name": path.stem}
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(written), by_alias=True, by_name=False)
+    except ValidationError as error:
+        from .recipe_schema import schema_at
+
+        raise RecipeErrors(translate(error.errors(), document, schema_at)) from error
+    recipe._base, recipe._document = path.parent, document
+    recipe.check()
+    return recipe
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a single value"
+
+
+def _find(reference: str | Path) -> tuple[Path, str]:
+    text = str(reference)
+    path = Path(text).expanduser()
+    known = shipped()
+    if text in known:
+        return known[text], f"{text}.yaml"
+    if isinstance(reference, Path) or path.suffix in {".yaml", ".yml"} or len(path.parts) != 1 or path.exists():
+        return path, text
+    beside = next((f"Did you mean {text}{s}?" for s in (".yaml", ".yml") if Path(text + s).is_file()), "")
+    raise RecipeError(
+        f"recipe {text!r}", "no recipe of that name", f"a .yaml file or {one_of(known)}", beside or nearest(text, known)
+    )

@@ -1,0 +1,1 @@
+"""ONNX artifacts: a checkpoint becomes a directory that runs in ONNX Runtime alone, fed with packed sequences."""

@@ -1,0 +1,211 @@
+"""The artifact: a directory that any ONNX Runtime opens without tersor.
+
+    model.onnx (model.onnx.data)   the graph
+    config.json, tokenizer files   as in the checkpoint
+    artifact.json                  inputs, outputs, limits, pooling, parity, SHA-256 of every file
+    README.md                      how to run it, in a few lines
+
+artifact.json is read as untrusted input: file names that leave the directory are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from tersor.compress.errors import PreflightError
+
+if TYPE_CHECKING:
+    from tersor.compress.checkpoint import Checkpoint
+
+MANIFEST = "artifact.json"
+FORMAT = 1
+
+README = """# {title}
+
+An ONNX model written by tersor: `{model_type}`, task `{task}`, opset {opset}, {parameters:,} parameters.
+Inputs: {inputs}, int64 `[batch, sequence]`. Outputs: {outputs}.
+
+{interface}
+
+```python
+{code}
+```
+
+With tersor installed, `tersor.export.client.Client(directory)` takes sequences in any order, packs them, and answers in
+that order. artifact.json holds the limits, the hashes of all files and the measured distance from float64.
+"""
+
+PACKED = """In `attention_mask` 0 is padding and k ≥ 1 is the number of the segment in its row: a plain 0/1 mask is the
+ordinary case, and several sequences may lie side by side in one row without seeing each other. {per_sequence}"""
+
+PADDED = "`attention_mask` is 1 at tokens and 0 at padding."
+
+PACKED_CODE = """import numpy as np, onnxruntime
+sequences = [{examples}]  # token ids
+ids = np.concatenate(sequences)[None]
+segments = np.repeat(np.arange(len(sequences)) + 1, [len(s) for s in sequences])[None]
+outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
+
+PADDED_CODE = """import numpy as np, onnxruntime
+sequences = [{examples}]  # token ids
+segments = np.array([[i < len(s) for i in range(max(map(len, sequences)))] for s in sequences], np.int64)
+ids = np.zeros_like(segments); ids[segments == 1] = np.concatenate(sequences)
+outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """artifact.json, checked.
+
+    Attributes:
+        directory: where it lies.
+        manifest: the whole of artifact.json.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Artifact:
+        """Read artifact.json.
+
+        Raises:
+            PreflightError: it is missing or broken, names a file outside the directory, or a file is missing.
+        """
+        place = directory / MANIFEST
+        try:
+            manifest = json.loads(place.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise PreflightError(str(directory), f"no {MANIFEST}", "a directory that `tersor export` wrote") from error
+        except (OSError, ValueError) as error:
+            raise PreflightError(str(place), f"an unreadable file ({error})", "a JSON object") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise PreflightError(str(place), "an unknown format", f"an artifact of format {FORMAT}")
+        missing = [k for k in ("inputs", "outputs", "files", "limits", "task", "packing", "model") if k not in manifest]
+        if missing:
+            raise PreflightError(str(place), f"no {missing[0]}", "a whole manifest", "Export again.")
+        for name in (*manifest["files"], manifest["model"]):
+            resolve(directory, name)
+        return cls(directory, manifest)
+
+    @property
+    def model_path(self) -> Path:
+        """The graph's file."""
+        return resolve(self.directory, self.manifest["model"])
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several segments."""
+        return bool(self.manifest["packing"] != "padded")
+
+    @property
+    def inputs(self) -> list[str]:
+        """Input names."""
+        return [i["name"] for i in self.manifest["inputs"]]
+
+    @property
+    def vocab(self) -> int:
+        """Token ids run below this."""
+        return int(self.manifest["limits"]["vocab"])
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence, or None where nothing bounds it."""
+        limit = self.manifest["limits"]["max_length"]
+        return None if limit is None else int(limit)
+
+    @property
+    def pooling(self) -> dict[str, Any]:
+        """How `sentence_embedding` is made."""
+        return dict(self.manifest.get("pooling") or {})
+
+    @property
+    def bytes(self) -> int:
+        """Size of the graph and its data."""
+        return sum((self.directory / n).stat().st_size for n in self.manifest["files"] if n.startswith("model.onnx"))
+
+    def changed(self) -> list[str]:
+        """Files whose content is not what was written."""
+        return [n for n, digest in self.manifest["files"].items() if sha256(self.directory / n) != digest]
+
+
+def resolve(directory: Path, name: Any) -> Path:
+    """The path of a file that a manifest names.
+
+    Raises:
+        PreflightError: the name leaves the directory, by `..`, an absolute path or a link, or nothing is there.
+    """
+    path = PurePosixPath(name) if isinstance(name, str) and name and "\\" not in name else None
+    inside = path is not None and not path.is_absolute() and ".." not in path.parts
+    if not inside or not (directory / str(name)).resolve().is_relative_to(directory.resolve()):
+        raise PreflightError(f"{directory / MANIFEST}: files", f"{name!r}", "a path inside the directory")
+    found = directory / str(name)
+    if not found.is_file():
+        raise PreflightError(str(found), "no such file", "every file that artifact.json lists", "Export again.")
+    return found
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_side_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Config, tokenizer and small files, as the checkpoint has them."""
+    checkpoint.config.save_pretrained(directory)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(directory)
+    for name, content in checkpoint.side_files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write artifact.json over all files in `directory`; returns its content."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    hashes = {p.relative_to(directory).as_posix(): sha256(p) for p in files}
+    manifest = {"format": FORMAT, **facts, "files": hashes}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    return manifest
+
+
+def snippet(facts: Mapping[str, Any]) -> str:
+    """Five lines of Python that run the artifact with numpy and ONNX Runtime alone."""
+    names = [i["name"] for i in facts["inputs"]]
+    values = {"input_ids": "ids", "attention_mask": "segments", "token_type_ids": "ids * 0"}
+    feed = "{" + ", ".join(f'"{n}": {values[n]}' for n in names) + "}"
+    code = PADDED_CODE if facts["packing"] == "padded" else PACKED_CODE
+    high = facts["limits"]["vocab"] - 1
+    examples = f"[{min(7, high)}, {min(8, high)}, {min(9, high)}], [{min(4, high)}, {min(5, high)}]"
+    return code.format(examples=examples, file=facts["model"], feed="@").replace("@", feed)
+
+
+def write_readme(directory: Path, facts: Mapping[str, Any]) -> None:
+    """README.md of the artifact."""
+    names = [o["name"] for o in facts["outputs"]]
+    order = "`sentence_embedding` has one row a sequence, row by row in the order in which segments begin."
+    interface = PADDED if facts["packing"] == "padded" else PACKED.format(
+        per_sequence=order if "sentence_embedding" in names else ""
+    )
+    text = README.format(
+        title=f"{facts['model_type']} as ONNX, {facts['packing']} input",
+        model_type=facts["model_type"],
+        task=facts["task"],
+        opset=facts["opset"],
+        parameters=facts["parameters"],
+        inputs=", ".join(f"`{i['name']}`" for i in facts["inputs"]),
+        outputs=", ".join(f"`{o['name']}` `[{', '.join(map(str, o['shape']))}]`" for o in facts["outputs"]),
+        interface=interface.strip(),
+        code=snippet(facts),
+    )
+    (directory / "README.md").write_text(text, "utf-8")

@@ -1,0 +1,174 @@
+"""A client: sequences in any order in, answers in that order out.
+
+It cuts the sequences into calls of about `tokens_per_call` tokens, lays each call out as the artifact wants it
+(segments side by side in one row, or one sequence a row), runs ONNX Runtime, and puts every answer where its sequence
+came from. It holds no state between calls, and ONNX Runtime's session is thread-safe, so one client serves many threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.compress.errors import PreflightError, RecipeError
+from tersor.compress.evaluate import Output
+
+from .artifact import Artifact
+
+
+class Client:
+    """Runs an artifact; satisfies `Scorer`.
+
+    Args:
+        directory: an artifact.
+        threads: intra-op threads of ONNX Runtime; None lets it take one a core.
+        tokens_per_call: upper bound of tokens in a call, padding included; a longer sequence has a call of its own.
+
+    Raises:
+        PreflightError: the directory is no whole artifact.
+    """
+
+    def __init__(self, directory: Path | str, threads: int | None = None, tokens_per_call: int = 1024):
+        import onnxruntime
+
+        if tokens_per_call < 1:
+            raise RecipeError("tokens_per_call", str(tokens_per_call), "at least 1")
+        self.artifact = Artifact.open(Path(directory))
+        self.tokens_per_call = tokens_per_call
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(self.artifact.model_path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ORT raises its own types for one cause: the file is not a model it can run
+            reason = str(error).splitlines()[0][:200]
+            raise PreflightError(str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file") from error
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self.output: Output = "logits" if "logits" in self.outputs else "embedding"
+        self.parameters = int(self.artifact.manifest.get("parameters", 0))
+        self.bytes = self.artifact.bytes
+        self._tokenizer: Any = None
+
+    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Answer token sequences (int `[n_i]`): logits `[n_i, vocab]` or an embedding `[hidden]` each, float32.
+
+        Raises:
+            RecipeError: a sequence is empty or too long, or an id lies outside the vocabulary; says which.
+        """
+        name = "logits" if self.output == "logits" else "sentence_embedding"
+        return self.ask(sequences, name)
+
+    def ask(self, sequences: Sequence[np.ndarray], output: str) -> list[np.ndarray]:
+        """Like calling the client, for the output of this name (`last_hidden_state`: `[n_i, hidden]`)."""
+        ids = [self.checked(s, number) for number, s in enumerate(sequences)]
+        answers: list[np.ndarray | None] = [None] * len(ids)
+        for rows in self.plan([len(i) for i in ids]):
+            flat = [number for row in rows for number in row]
+            for number, answer in zip(flat, self.run(rows, ids, [output])[output], strict=True):
+                answers[number] = answer
+        return [a for a in answers if a is not None]
+
+    def texts(self, texts: Sequence[str], truncate: bool = False) -> list[np.ndarray]:
+        """Answer texts by the artifact's own tokenizer, special tokens included.
+
+        Args:
+            texts: any number, in any order.
+            truncate: cut texts that are too long instead of refusing them.
+        """
+        return self(self.tokenize(texts, truncate))
+
+    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> list[np.ndarray]:
+        """Token ids, int64 `[n_i]`, of texts.
+
+        Raises:
+            PreflightError: the artifact carries no tokenizer.json.
+        """
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            path = self.artifact.directory / "tokenizer.json"
+            if not path.is_file():
+                raise PreflightError(str(path), "no such file", "a tokenizer", "Pass token ids instead of texts.")
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            self._tokenizer = tokenizer
+        limit = self.artifact.max_length
+        encoded = self._tokenizer.encode_batch(list(texts))
+        if truncate and limit is not None:
+            for encoding in encoded:
+                encoding.truncate(limit)
+        return [np.asarray(e.ids, np.int64) for e in encoded]
+
+    def checked(self, sequence: np.ndarray | Sequence[int], number: int) -> np.ndarray:
+        """The sequence as int64 `[n]`, or a refusal that names it."""
+        ids, place = np.asarray(sequence), f"sequence {number}"
+        if ids.size == 0:
+            raise RecipeError(place, "no tokens", "at least one token")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RecipeError(place, f"{ids.dtype} of shape {ids.shape}", "whole numbers in one dimension")
+        limit = self.artifact.max_length
+        if limit is not None and len(ids) > limit:
+            raise RecipeError(place, f"{len(ids)} tokens", f"at most {limit}", "Cut it, or split it.")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.artifact.vocab:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise RecipeError(place, f"token id {wrong}", f"ids from 0 to {self.artifact.vocab - 1}")
+        return ids.astype(np.int64)
+
+    def plan(self, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
+        """Calls as lists of rows, each row a list of sequence numbers; every number once.
+
+        Packed: one row a call, in arrival order; a row is as long as its sequences, so nothing is padded.
+        Padded: rows of similar length, so that little is.
+        """
+        budget = self.tokens_per_call
+        if self.artifact.packed:
+            row, used = [], 0
+            for number, length in enumerate(lengths):
+                if row and used + length > budget:
+                    yield [row]
+                    row, used = [], 0
+                row.append(number)
+                used += length
+            if row:
+                yield [row]
+            return
+        rows: list[list[int]] = []
+        for number in np.argsort(lengths, kind="stable"):
+            if rows and (len(rows) + 1) * lengths[number] > budget:
+                yield rows
+                rows = []
+            rows.append([int(number)])
+        if rows:
+            yield rows
+
+    def run(
+        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, list[np.ndarray]]:
+        """One call: `rows` of sequence numbers, `ids` by number. Answers by output name, in the rows' order."""
+        width = max(sum(len(ids[n]) for n in row) for row in rows)
+        tokens = np.zeros((len(rows), width), np.int64)
+        segments = np.zeros_like(tokens)
+        spans = []
+        for r, row in enumerate(rows):
+            start = 0
+            for k, number in enumerate(row):
+                end = start + len(ids[number])
+                tokens[r, start:end], segments[r, start:end] = ids[number], k + 1
+                spans.append((r, start, end))
+                start = end
+        feed = {"input_ids": tokens, "attention_mask": segments, "token_type_ids": np.zeros_like(tokens)}
+        names = list(outputs or self.outputs)
+        results = self.session.run(names, {k: v for k, v in feed.items() if k in self.artifact.inputs})
+        answers = {}
+        for name, result in zip(names, results, strict=True):
+            per_sequence = name == "sentence_embedding"
+            answers[name] = list(result) if per_sequence else [result[r, a:b] for r, a, b in spans]
+        return answers

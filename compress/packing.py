@@ -1,13 +1,15 @@
 """Packing: several sequences in one row, and the plan of who shares a row with whom.
 
-The planner works on the histogram of lengths, not on sequences, so that sixteen million lengths cost as much as
-sixteen thousand. Lengths are placed from long to short, each into the rows whose free space is the smallest that
-takes it (best fit decreasing), as many copies a row as go in: rows with one filling are one entry with a count.
-Krell et al. (arXiv 2107.02027) pack histograms too; their longest-pack-first places one copy a row at a time and their
-shortest-pack-first trades fill for fewer sequences a row. A plan is exact: it names every sequence once, and is then
-materialised by numpy, a slice a pattern.
+The planner works on the histogram of lengths, not on sequences, so that sixteen million lengths cost as much
+as sixteen thousand. Lengths are placed from long to short, each into the rows whose free space is the
+smallest that takes it (best fit decreasing), as many copies a row as go in: rows with one filling are one
+entry with a count.
+Krell et al. (arXiv 2107.02027) pack histograms too; their longest-pack-first places one
+copy a row at a time and their shortest-pack-first trades fill for fewer sequences a row. A plan is exact: it
+names every sequence once, and is then materialised by numpy, a slice a pattern.
 
-`Stream` packs without knowing what comes: best fit among a few open rows, the fullest closed when none has room.
+`Stream` packs without knowing what comes: best fit among a few open rows, the fullest closed when none has
+room.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class PackedBatch:
 
     @property
     def order(self) -> list[int]:
-        """The sequences' indices in row-major order: entry i of a graph's per-sequence output belongs to `order[i]`."""
+        """Indices in row-major order: answer i of a graph's per-sequence output is sequence `order[i]`'s."""
         return list(chain.from_iterable(self.rows))
 
     @property
@@ -74,7 +76,7 @@ class PackedBatch:
         return float(np.count_nonzero(self.segments)) / max(1, self.segments.size)
 
     def split(self, output: np.ndarray) -> list[np.ndarray]:
-        """A per-token output `[rows, width, …]` as one view `[n_i, …]` a sequence, in the sequences' order."""
+        """A per-token output `[rows, width, …]` as one view `[n_i, …]` a sequence, in their order."""
         if output.shape[:2] != self.ids.shape:
             raise ValueError(f"output {list(output.shape)} is not of rows {list(self.ids.shape)}")
         found: dict[int, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Where a recipe's paths point: the working directory, the recipe's own folder, or data of an installed package."""
+"""Where a recipe's paths point: the working directory, the recipe's folder, or an installed package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def package_path(reference: str, place: str) -> Path:
 
 
 def resolve_path(reference: str, base: Path | None, place: str) -> Path:
-    """The path that a recipe's reference names: as `package_path`, else as it stands, else relative to `base`.
+    """What a recipe's reference names: in a package, as it stands, or relative to `base`.
 
     Args:
         reference: a path, `~` allowed, or `package:NAME/inner/path`.

@@ -1,9 +1,10 @@
 """Measuring a checkpoint or an artifact beside the original, and holding it to gates.
 
-One protocol, `Scorer`, is satisfied by torch (torch_scorer.py) and by an artifact's client (tersor.export.client), so
-that one evaluator serves both and what ships is what was measured.
+One protocol, `Scorer`, is satisfied by torch (torch_scorer.py) and by an artifact's client
+(tersor.export.client), so that one evaluator serves both and what ships is what was measured.
 
-Read: scorer.py (the protocol) → metrics.py (what is measured, one function a metric) → score.py (`evaluate`) → gate.py.
+Read: scorer.py (the protocol) → metrics.py (what is measured, one function a metric) → score.py (`evaluate`)
+→ gate.py.
 """
 
 from .gate import Gate, Verdict, judge

@@ -65,7 +65,7 @@ class Gate:
         given = [name for name in (*UPPER, *LOWER) if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a gate takes exactly one of {', '.join((*UPPER, *LOWER))}; given: {', '.join(given) or 'none'}"
+                f"exactly one of {', '.join((*UPPER, *LOWER))}, not {' and '.join(given) or 'none'}"
             )
         fitting = UPPER if better(self.metric) == "lower" else LOWER
         if given[0] not in fitting:

@@ -1,6 +1,7 @@
 """Latency: wall time of one call, the median of several, all scorers interleaved in one run.
 
-Interleaving makes a slow minute of the machine hit everyone alike, so that ratios hold where single numbers drift.
+Interleaving makes a slow minute of the machine hit everyone alike, so that ratios hold where single numbers
+drift.
 """
 
 from __future__ import annotations

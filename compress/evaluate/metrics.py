@@ -1,11 +1,12 @@
 """What is measured: one function a metric, from a model's answer on one sample to a sum and a weight.
 
-A metric's value is finish(Σ sums / Σ weights), so that long samples count by their length and an interval follows
-from the per-sample pairs (score.py).
+A metric's value is finish(Σ sums / Σ weights), so that long samples count by their length and an interval
+follows from the per-sample pairs (score.py).
 
-Dtypes: softmax terms are computed in float32, sums over the vocabulary and over tokens in float64. With the maximum
-subtracted first, each term errs by about 6e-8 of itself and the float64 sum adds nothing: 3e-8 nats a token against
-float64 throughout (4096 words), at a quarter of its time. Logits arrive as float32, so nothing is lost before.
+Dtypes: softmax terms are computed in float32, sums over the vocabulary and over tokens in float64. With the
+maximum subtracted first, each term errs by about 6e-8 of itself and the float64 sum adds nothing: 3e-8 nats a
+token against float64 throughout (4096 words), at a quarter of its time. Logits arrive as float32, so nothing
+is lost before.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Metric:
 
 
 def log_normalizer(logits: np.ndarray) -> np.ndarray:
-    """log Σ exp over the last axis: float32 `[n, vocab]` → float64 `[n]`."""
+    """Log Σ exp over the last axis: float32 `[n, vocab]` → float64 `[n]`."""
     peak = logits.max(axis=1, keepdims=True)
     terms = logits - peak
     np.exp(terms, out=terms)

@@ -1,9 +1,9 @@
 """How a sentence encoder's token vectors become one embedding, as the checkpoint's side files say.
 
-sentence-transformers writes a list of modules (`modules.json`) and a `config.json` for the pooling module, in which
-older versions set one of several `pooling_mode_*` switches and newer ones name a `pooling_mode`. Both forms are read
-here, once, for the scorer and the exporter. What is not understood (max pooling, a Dense head) is refused: leaving it
-out would give other embeddings without a word.
+sentence-transformers writes a list of modules (`modules.json`) and a `config.json` for the pooling module, in
+which older versions set one of several `pooling_mode_*` switches and newer ones name a `pooling_mode`. Both
+forms are read here, once, for the scorer and the exporter. What is not understood (max pooling, a Dense head)
+is refused: leaving it out would give other embeddings without a word.
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ def evaluate(
 ) -> dict[str, Score]:
     """Score `scorer` on the samples.
 
-    A value is finish(R), R = Σ sums / Σ weights over samples. Its 95 % interval is the delta method's for a ratio: with
-    residuals r_i = sum_i − R·weight_i, se(R) = sqrt(n/(n−1)·Σ r_i²) / Σ weights, R ± t·se with Student's t for n − 1
-    degrees of freedom, both ends through `finish`. It speaks of the choice of text: samples count as drawn
-    independently, which neighbouring windows of one document are only roughly.
+    A value is finish(R), R = Σ sums / Σ weights over samples. Its 95 % interval is the delta method's for a
+    ratio: with residuals r_i = sum_i − R·weight_i, se(R) = sqrt(n/(n−1)·Σ r_i²) / Σ weights, R ± t·se with
+    Student's t for n − 1 degrees of freedom, both ends through `finish`. It speaks of the choice of text:
+    samples count as drawn independently, which neighbouring windows of one document are only roughly.
 
     Args:
         scorer: what is measured.
@@ -57,7 +57,8 @@ def evaluate(
         track: wraps the chunks in a progress bar.
 
     Raises:
-        RecipeError: an unknown metric, one for another kind of output, no reference, or an answer that is not finite.
+        RecipeError: an unknown metric, one for another kind of output, no reference, or an answer that is not
+        finite.
     """
     wanted = check_metrics(metrics, scorer.output)
     lacking = [metric.name for metric in wanted if metric.needs_reference and reference is None]

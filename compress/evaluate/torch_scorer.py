@@ -1,8 +1,8 @@
 """A checkpoint as a scorer: torch, float32 arithmetic on the weights as stored.
 
-Sequences are sorted by length and run in right-padded batches under a token budget, so that little is computed for
-padding; answers come back in the order given. Right padding with a mask leaves real tokens alone: causal attention
-never looks at it, encoders mask it.
+Sequences are sorted by length and run in right-padded batches under a token budget, so that little is
+computed for padding; answers come back in the order given. Right padding with a mask leaves real tokens
+alone: causal attention never looks at it, encoders mask it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices of sequences in batches, longest first, each at most `tokens` with padding (or one sequence)."""
+    """Indices of sequences in batches, longest first, at most `tokens` each with padding, or one sequence."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     found: list[list[int]] = []
     for index in order:

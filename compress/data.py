@@ -1,13 +1,14 @@
 """Calibration and held-out text: from a file or a folder to token sequences, the same on every machine.
 
-Causal models read windows: every document (a text file, a record, a file of a folder) follows a bos token where the
-tokenizer has one, all are joined, and the stream is cut into pieces of `length` tokens; the remainder is dropped.
-Encoders read one sequence a unit (units.py: a line, a record, a file), with the tokenizer's special tokens, truncated
-to `length`.
+Causal models read windows: every document (a text file, a record, a file of a folder) follows a bos token
+where the tokenizer has one, all are joined, and the stream is cut into pieces of `length` tokens; the
+remainder is dropped. Encoders read one sequence a unit (units.py: a line, a record, a file), with the
+tokenizer's special tokens, truncated to `length`.
 
-A window's text is what its predicted tokens (all but the first) stand for: from the end of the first token to the
-end of the last, by the tokenizer's own offsets. A token thus owns every character since the one before it, also what
-normalisation drops, and the bytes of all tokens add up to the bytes of the text, which bits per byte rests on.
+A window's text is what its predicted tokens (all but the first) stand for: from the end of the first token to
+the end of the last, by the tokenizer's own offsets. A token thus owns every character since the one before
+it, also what normalisation drops, and the bytes of all tokens add up to the bytes of the text, which bits per
+byte rests on.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def read_samples(
 ) -> list[Sample]:
     """The source's samples, in the order of the text.
 
-    Of more than `source.samples`, evenly spaced ones are taken if `seed` is None (held-out text), else a seeded
-    choice without replacement (calibration). Fewer are no error: compare the length of the answer.
+    Of more than `source.samples`, evenly spaced ones are taken if `seed` is None (held-out text), else a
+    seeded choice without replacement (calibration). Fewer are no error: compare the length of the answer.
 
     Args:
         source: where from and how much.

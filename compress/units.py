@@ -1,8 +1,8 @@
 """A source's units of text: the lines of a text file, the records of a .jsonl, the files of a folder.
 
-A span takes a share of the units and so means the same text for every tokenizer. Shares that touch, `0%-60%` and
-`60%-100%`, have no unit in common. The files of a folder are sorted by relative path; hidden ones are left out, and
-a .jsonl among them gives its records.
+A span takes a share of the units and so means the same text for every tokenizer. Shares that touch, `0%-60%`
+and `60%-100%`, have no unit in common. The files of a folder are sorted by relative path; hidden ones are
+left out, and a .jsonl among them gives its records.
 """
 
 from __future__ import annotations

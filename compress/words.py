@@ -24,11 +24,9 @@ def shown(value: Any) -> str:
 
 
 def one_of(choices: Iterable[str]) -> str:
-    """`one of a, b` or `a`."""
+    """`one of a, b` or `a`; empty for none."""
     listed = list(choices)
-    if not listed:
-        return "nothing: none is installed"
-    return listed[0] if len(listed) == 1 else f"one of {', '.join(listed)}"
+    return "".join(listed) if len(listed) < 2 else f"one of {', '.join(listed)}"
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:

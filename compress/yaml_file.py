@@ -1,10 +1,10 @@
 """YAML as data: a strict subset, read by events, with the line and column of every key and value.
 
-A recipe needs mappings, lists and scalars; nothing else of YAML is accepted. Tags could construct objects, anchors
-and aliases could grow ten lines into gigabytes, several documents and repeated keys would silently drop a part: each
-is refused where it stands. Events are taken one by one, so that depth is known before anything recurses, and size is
-checked before anything is read. Scalars resolve by YAML 1.2's core schema, written out below: `no` and `1:30` are
-text, `8%` is text, and a number that is not finite is refused.
+A recipe needs mappings, lists and scalars; nothing else of YAML is accepted. Tags could construct objects,
+anchors and aliases could grow ten lines into gigabytes, several documents and repeated keys would silently
+drop a part: each is refused where it stands. Events are taken one by one, so that depth is known before
+anything recurses, and size is checked before anything is read. Scalars resolve by YAML 1.2's core schema,
+written out below: `no`, `1:30` and `8%` are text, and a number that is not finite is refused.
 
 ruamel.yaml's parser serves for the events only; its constructors are not used.
 """
@@ -34,7 +34,7 @@ FALSE = re.compile(r"false|False|FALSE")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.nan|\.NaN|\.NAN")
-# What YAML's own reader refuses, and NUL or half a surrogate pair written as an escape, which no file system takes.
+# What YAML's own reader refuses; also refused as escapes, since no file system takes NUL or half a surrogate.
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -83,7 +83,9 @@ def read_yaml(path: Path, name: str) -> Document:
         if not stat.S_ISREG(status.st_mode):
             raise RecipeError(name, "something that is not a regular file", "a YAML file")
         if status.st_size > MAX_BYTES:
-            raise RecipeError(name, f"{status.st_size:,} bytes", f"at most {MAX_BYTES:,}", "A recipe holds no data.")
+            raise RecipeError(
+                name, f"{status.st_size:,} bytes", f"at most {MAX_BYTES:,}", "A recipe holds no data."
+            )
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
@@ -95,7 +97,9 @@ def read_yaml(path: Path, name: str) -> Document:
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8", "replace")
         mark = _mark_at(before, name)
-        raise RecipeError(f"{mark}", f"byte 0x{raw[error.start]:02x}", "UTF-8 text", "Save the file as UTF-8.") from error
+        raise RecipeError(
+            f"{mark}", f"byte 0x{raw[error.start]:02x}", "UTF-8 text", "Save the file as UTF-8."
+        ) from error
     return parse_yaml(text, name)
 
 
@@ -108,7 +112,9 @@ def parse_yaml(text: str, name: str, lines: bool = True) -> Document:
     bad = UNPRINTABLE.search(text)
     if bad:
         mark = _mark_at(text[: bad.start()], name)
-        raise RecipeError(str(mark if lines else name), f"the character U+{ord(bad.group()):04X}", "printable text")
+        raise RecipeError(
+            str(mark if lines else name), f"the character U+{ord(bad.group()):04X}", "printable text"
+        )
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -120,14 +126,28 @@ def parse_yaml(text: str, name: str, lines: bool = True) -> Document:
         for event in YAML(typ="safe", pure=True).parse(text):
             builder.take(event)
     except MarkedYAMLError as error:
-        what = ", ".join(str(part) for part in (error.context, error.problem) if part)
+        what = ", ".join(_one_line(part) for part in (error.context, error.problem) if part)
         mark = place(error.problem_mark or error.context_mark)
-        raise RecipeError(str(mark), f"text that is not YAML ({what})", "YAML", _syntax_remedy(what)) from error
-    except (YAMLError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(
+            str(mark), f"text that is not YAML ({what})", "YAML", _syntax_remedy(what)
+        ) from error
+    except (
+        YAMLError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         # Besides its own errors, ruamel's scanner meets malformed escapes and directives with Python's.
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = _one_line(error) or type(error).__name__
         raise RecipeError(name, f"text that is not YAML ({what})", "YAML") from error
     return builder.document
+
+
+def _one_line(said: object) -> str:
+    return " ".join(str(said).split())[:200]
 
 
 def _mark_at(before: str, name: str) -> Mark:
@@ -168,14 +188,22 @@ class _Builder:
         if isinstance(event, events.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
-                raise RecipeError(str(mark), "a second document", "one document", "Put each recipe into its own file.")
+                raise RecipeError(
+                    str(mark), "a second document", "one document", "Put each recipe into its own file."
+                )
         elif isinstance(event, events.AliasEvent):
-            raise RecipeError(str(mark), f"an alias *{event.anchor}", "the value itself", "Write it out.")
+            raise RecipeError(
+                str(mark), f"an alias *{event.anchor[:20]}", "the value itself", "Write it out."
+            )
         elif isinstance(event, events.NodeEvent):
             if event.anchor:
-                raise RecipeError(str(mark), f"an anchor &{event.anchor}", "plain values", "Write the value out twice.")
+                raise RecipeError(
+                    str(mark), f"an anchor &{event.anchor[:20]}", "plain values", "Write the value out twice."
+                )
             if event.tag not in {None, "!"}:
-                raise RecipeError(str(mark), f"a tag {shown(str(event.tag))}", "plain values", "Recipes are data: no tags.")
+                raise RecipeError(
+                    str(mark), f"a tag {shown(str(event.tag))}", "plain values", "Recipes are data: no tags."
+                )
             if isinstance(event, events.ScalarEvent):
                 self.scalar(event, mark)
             else:
@@ -202,7 +230,9 @@ class _Builder:
             first = self.document.keys[(*frame.loc, text)]
             where = f" (the first is in line {first.line})" if first.line else ""
             loc = dotted((*frame.loc, text))
-            raise RecipeError(f"{mark}: {loc}", f"a second {shown(text)}{where}", "each key once", "Remove one.")
+            raise RecipeError(
+                f"{mark}: {loc}", f"a second {shown(text)}{where}", "each key once", "Remove one."
+            )
         frame.key, frame.key_mark = text, mark
 
     def open(self, container: dict[str, Any] | list[Any], mark: Mark) -> None:
@@ -211,7 +241,9 @@ class _Builder:
         frame = self.stack[-1] if self.stack else None
         if frame is not None and isinstance(frame.container, dict) and frame.key is None:
             kind = "a mapping" if isinstance(container, dict) else "a list"
-            raise RecipeError(str(mark), f"{kind} as a key", "a word", "Text with braces or brackets needs quotes.")
+            raise RecipeError(
+                str(mark), f"{kind} as a key", "a word", "Text with braces or brackets needs quotes."
+            )
         self.stack.append(_Frame(container, self.put(container, mark)))
 
     def put(self, value: Any, mark: Mark) -> Loc:
@@ -250,7 +282,9 @@ def scalar(text: str, place: str) -> Any:
     if not INT.fullmatch(text) and not FLOAT.fullmatch(text):
         return text
     if len(text) > MAX_DIGITS:
-        raise RecipeError(place, f"a number of {len(text)} characters", f"at most {MAX_DIGITS}", "Text needs quotes.")
+        raise RecipeError(
+            place, f"a number of {len(text)} characters", f"at most {MAX_DIGITS}", "Text needs quotes."
+        )
     if INT.fullmatch(text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     value = float(text)
@@ -261,7 +295,9 @@ def scalar(text: str, place: str) -> Any:
 
 def dotted(loc: Loc) -> str:
     """`passes.0.with.remove`, as `--set` writes it."""
-    return ".".join(shown(p) if isinstance(p, str) and re.search(r"[\s.]|^$", p) else str(p)[:60] for p in loc)
+    return ".".join(
+        shown(p) if isinstance(p, str) and re.search(r"[\s.]|^$", p) else str(p)[:60] for p in loc
+    )
 
 
 PLAIN = re.compile(r"[A-Za-z_./][\w./%-]*|[0-9]+(\.[0-9]+)?%", re.ASCII)
@@ -300,5 +336,9 @@ def _flow(value: Any) -> str:
         if PLAIN.fullmatch(value) and not taken:
             return value
         # JSON's quoting is YAML's, but for line separators, which YAML would fold.
-        return re.sub("[\x7f-\xa0\u2028\u2029\ufeff]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
+        return re.sub(
+            "[\x7f-\xa0\u2028\u2029\ufeff]",
+            lambda m: f"\\u{ord(m[0]):04x}",
+            json.dumps(value, ensure_ascii=False),
+        )
     return json.dumps(value)

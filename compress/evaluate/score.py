@@ -70,7 +70,10 @@ def evaluate(
         for chunk in track(list(_chunks(scorer, samples)), "evaluate"):
             ids = [samples[i].ids for i in chunk]
             answers = scorer(ids)
-            originals = reference(ids) if compared and reference is not None else [None] * len(chunk)
+            if not compared or reference is None:
+                originals: Sequence[np.ndarray | None] = [None] * len(chunk)
+            else:
+                originals = answers if reference is scorer else reference(ids)
             for index, answer, original in zip(chunk, answers, originals, strict=True):
                 for row, metric in enumerate(wanted):
                     pairs[row, index] = _measure(metric, answer, original, samples[index], index)

@@ -9,14 +9,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from .complaints import holds
+from .complaints import holds, value_at
 from .errors import RecipeError
 from .words import closest, shown
 from .yaml_file import MAX_DEPTH, UNPRINTABLE, Document, Loc, Mark, dotted, parse_yaml
 
 
-def override(document: Document, text: str) -> None:
+def override(document: Document, text: str, under: Loc = ()) -> None:
     """Apply one override in place. Whether the schema knows the key is for the validation to say.
+
+    Args:
+        document: what to change.
+        text: `KEY=VALUE`.
+        under: path that KEY continues.
 
     Raises:
         RecipeError: not `KEY=VALUE`, a value that is not YAML, or a path into something that has no parts.
@@ -32,7 +37,8 @@ def override(document: Document, text: str) -> None:
         raise RecipeError(name, f"{len(parts)} levels", f"at most {MAX_DEPTH}")
     new = parse_yaml(value, name, lines=False)
     mark = new.values.setdefault((), Mark(name))
-    container, loc = document.value, ()
+    container: Any = value_at(document.value, under)
+    loc = under
     for part, then in pairwise(parts):
         step = _step(container, part, loc, name)
         if not holds(container, step) or container[step] is None:

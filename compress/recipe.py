@@ -41,8 +41,8 @@ from .exporter import Exporter
 from .overrides import override
 from .pass_ import Pass
 from .registry import find_exporter, find_pass
-from .words import nearest, one_of
-from .yaml_file import Document, Loc, dotted, read_yaml, to_yaml
+from .words import nearest, one_of, shown
+from .yaml_file import Document, Loc, Mark, dotted, read_yaml, to_yaml
 
 FORBID = ConfigDict(
     extra="forbid",
@@ -84,7 +84,7 @@ class PassStep(BaseModel):
 
     Attributes:
         use: name of the pass.
-        options: its options, instantiated.
+        options: its options; which there are depends on `use`.
         gate: limits that must hold after this step.
     """
 
@@ -110,7 +110,7 @@ class ExportStep(BaseModel):
 
     Attributes:
         use: name of the exporter.
-        options: its options, instantiated.
+        options: its options; which there are depends on `use`.
         gate: limits that must hold on this artifact, besides the recipe's own.
     """
 
@@ -291,15 +291,41 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(str(document.values[()]), found, "a mapping", FIRST_LINE)
     for text in overrides:
         override(document, text)
-    written = {"name": _name(path), **document.value}
+    recipe = _validated(document, _name(path))
+    recipe._base = path.parent
+    recipe.check()
+    return recipe
+
+
+def exporter_options(use: str, overrides: Sequence[str] = ()) -> Exporter:
+    """The exporter of that name with its options as `inputs=padded` and the like say.
+
+    Raises:
+        RecipeError: unknown exporter, unknown option, or a value it does not take.
+    """
+    tree = {"recipe": 1, "export": [{"use": use, "with": {}}]}
+    document = Document(tree, values={(): Mark("exporter")})
+    for text in overrides:
+        override(document, text, ("export", 0, "with"))
+    return _validated(document, "export").export[0].options
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes, for editors: see recipe_schema.py."""
+    from . import recipe_schema
+
+    return recipe_schema.json_schema()
+
+
+def _validated(document: Document, name: str) -> Recipe:
+    written = json.dumps({"name": name, **document.value})
     try:
-        recipe = Recipe.model_validate_json(json.dumps(written), by_alias=True, by_name=False)
+        recipe = Recipe.model_validate_json(written, by_alias=True, by_name=False)
     except ValidationError as error:
         from .recipe_schema import schema_at
 
         raise translate(error.errors(), document, schema_at) from error
-    recipe._base, recipe._document = path.parent, document
-    recipe.check()
+    recipe._document = document
     return recipe
 
 
@@ -310,7 +336,7 @@ def _name(path: Path) -> str:
 def _find(reference: str | Path) -> tuple[Path, str]:
     """The file, and what messages call it."""
     text = str(reference)
-    called = text if text.isprintable() else ascii(text)
+    called = text if text.isprintable() and len(text) < 1000 else shown(text)
     known = shipped()
     if text in known:
         return known[text], f"{text}.yaml"

@@ -13,6 +13,7 @@ from .words import nearest, one_of, shown
 from .yaml_file import Loc
 
 if TYPE_CHECKING:
+    from .evaluate.gate import Gate
     from .recipe import Recipe
 
 Fault = tuple[Loc, str, str, str]
@@ -74,7 +75,7 @@ def _metrics(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _gates(recipe: Recipe) -> Iterator[Fault]:
-    gates = [(("gate", n), gate) for n, gate in enumerate(recipe.gate)]
+    gates: list[tuple[Loc, Gate]] = [(("gate", n), gate) for n, gate in enumerate(recipe.gate)]
     for part in ("passes", "export"):
         for number, step in enumerate(getattr(recipe, part)):
             gates += [((part, number, "gate", n), gate) for n, gate in enumerate(step.gate)]

@@ -17,6 +17,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
 from .complaints import value_at
 from .errors import RecipeError
+from .evaluate.metrics import ALWAYS, METRICS
 from .recipe import Data, ExportStep, Gate, PassStep, Recipe, Source, adapter
 from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
 from .schema_words import Schema, branches
@@ -36,6 +37,8 @@ def json_schema() -> Schema:
     schema = copy.deepcopy(_recipe())
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "tersor recipe"
+    schema["properties"]["metrics"]["items"]["enum"] = list(METRICS)
+    schema["$defs"]["Gate"]["properties"]["metric"]["enum"] = [*METRICS, *ALWAYS]
     for step, group, find in STEPS.values():
         known = names(group)
         part = schema["$defs"][step.__name__]

@@ -37,7 +37,7 @@ def find_pass(name: str) -> type[Pass]:
     Raises:
         RecipeError: unknown name, a package that does not import, or a class that is not a pass.
     """
-    return _find(name, PASSES, "pass", Pass)
+    return _find(name, PASSES, "pass", Pass)  # type: ignore[type-abstract]
 
 
 def find_exporter(name: str) -> type[Exporter]:
@@ -46,7 +46,7 @@ def find_exporter(name: str) -> type[Exporter]:
     Raises:
         RecipeError: unknown name, a package that does not import, or a class that is not an exporter.
     """
-    return _find(name, EXPORTERS, "exporter", Exporter)
+    return _find(name, EXPORTERS, "exporter", Exporter)  # type: ignore[type-abstract]
 
 
 def _find(name: str, group: Group, kind: str, base: type[T]) -> type[T]:
@@ -63,8 +63,8 @@ def _find(name: str, group: Group, kind: str, base: type[T]) -> type[T]:
     if not (isinstance(found, type) and issubclass(found, base)):
         raise RecipeError(kind, said, f"a subclass of {base.__module__}.{base.__name__}")
     # Any other dataclass would let options of any type, or any name, through to the pass.
-    config = getattr(found, "__pydantic_config__", {})
-    if not is_pydantic_dataclass(found) or any(config.get(key) != value for key, value in STRICT.items()):
+    config = getattr(found, "__pydantic_config__", {}) if is_pydantic_dataclass(found) else {}
+    if any(config.get(key) != value for key, value in STRICT.items()):
         raise RecipeError(kind, said, "a frozen pydantic dataclass with config=STRICT")
     return found
 

@@ -61,6 +61,8 @@ def _bounds(schema: Schema) -> str:
     low, high = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     if low is not None and high is not None:
         return f" between {_bound(low)} and {_bound(high)}, both excluded"
+    if schema.keys() >= {"minimum", "maximum"}:
+        return f" from {_bound(schema['minimum'])} to {_bound(schema['maximum'])}"
     said = [f"{word} {_bound(schema[key])}" for key, word in BOUNDS if key in schema]
     return f" {' and '.join(said)}" if said else ""
 

@@ -200,9 +200,10 @@ class _Builder:
                 raise RecipeError(
                     str(mark), f"an anchor &{event.anchor[:20]}", "plain values", "Write the value out twice."
                 )
-            if event.tag not in {None, "!"}:
+            tag = getattr(event, "tag", None)
+            if tag not in {None, "!"}:
                 raise RecipeError(
-                    str(mark), f"a tag {shown(str(event.tag))}", "plain values", "Recipes are data: no tags."
+                    str(mark), f"a tag {shown(str(tag))}", "plain values", "Recipes are data: no tags."
                 )
             if isinstance(event, events.ScalarEvent):
                 self.scalar(event, mark)

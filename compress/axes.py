@@ -5,6 +5,7 @@ A dimension is a sum of sections, a section is a product of axes in row-major or
     "ffn{i}"                                   an FFN's units in block i
     "kv_heads{i} * queries * head_dim"         the rows of a q_proj under grouped-query attention
     "ffn{i} + ffn{i}"                          a fused gate_up_proj
+    "2 + positions"                            a table whose first two rows mean something else
 
 so one `keep` on one axis shrinks every tensor that has it, whatever the architecture fuses, groups or transposes.
 Notation as in einops (Rogozhnikov, ICLR 2022), with names that live longer than one expression.
@@ -38,7 +39,7 @@ class Dim:
 
     def size(self, sizes: Sizes) -> int:
         """Length of the dimension under `sizes`."""
-        return sum(math.prod(sizes[axis] for axis in section) for section in self.sections)
+        return sum(math.prod(size_of(axis, sizes) for axis in section) for section in self.sections)
 
     def has(self, axis: str) -> bool:
         """Whether `axis` is a factor of any section."""
@@ -64,13 +65,18 @@ def family(axis: str) -> str:
     return axis.replace("{i}", "").rstrip("0123456789")
 
 
+def size_of(axis: str, sizes: Sizes) -> int:
+    """Length of an axis; a number stands for itself."""
+    return int(axis) if axis.isdigit() else sizes[axis]
+
+
 def positions(dim: Dim, axis: str, keep: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     """Indices along `dim` that survive when only `keep` (int64 `[n]`) of `axis` does, in `keep`'s order."""
     import torch
 
     kept, offset = [], 0
     for section in dim.sections:
-        shape = [sizes[a] for a in section]
+        shape = [size_of(a, sizes) for a in section]
         index = torch.arange(offset, offset + math.prod(shape)).reshape(shape)
         if axis in section:
             index = index.index_select(section.index(axis), keep)

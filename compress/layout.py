@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,13 @@ class Layout:
     def families(self) -> dict[str, int]:
         """Sizes by axis family (`ffn`, `hidden`), solved from the config's equations."""
         sizes: dict[str, int] = {}
-        for axis, attribute, divisor in self.arch.derived:
-            if getattr(self.config, axis, None) is None:
-                sizes[axis] = getattr(self.config, attribute) // getattr(self.config, divisor)
+        for axis, of in self.arch.computed.items():
+            sizes[axis] = of(self.config)
         for attribute, product in self.arch.config:
             axes = [a.strip() for a in product.split("*")]
             unknown = [a for a in axes if a not in sizes]
             known = math.prod(sizes[a] for a in axes if a in sizes)
-            value = getattr(self.config, attribute, None)
+            value = self._stated(attribute)
             if not unknown:
                 if value is not None and value != known:
                     raise RecipeError(f"config.json: {attribute}", str(value), f"{known} = {product}")
@@ -90,6 +89,17 @@ class Layout:
             sizes[unknown[0]] = value // known
         sizes["labels"] = int(getattr(self.config, "num_labels", 2) or 2)
         return sizes
+
+    def _stated(self, attribute: str) -> Any:
+        """The attribute's value, or what transformers takes where the config leaves it out."""
+        value = getattr(self.config, attribute, None)
+        default = self.arch.defaults.get(attribute)
+        return default(self.config) if value is None and default is not None else value
+
+    @property
+    def first_position(self) -> int:
+        """The position id of a sequence's first token."""
+        return int(getattr(self.config, self.arch.positions_after)) + 1 if self.arch.positions_after else 0
 
     @property
     def depth(self) -> int:
@@ -124,6 +134,8 @@ class Layout:
     def _expand(self, param: Param) -> Iterator[Tensor]:
         dims = param.parsed
         for block in range(self.depth) if "{i}" in param.name else (None,):
+            if block in param.except_in:
+                continue
             at = tuple(d.at(block) for d in dims)
             shared = bool(param.shared_when) and bool(getattr(self.config, param.shared_when, False))
             yield Tensor(
@@ -150,10 +162,12 @@ class Layout:
         return self.parameters * BYTES[self.dtype]
 
     def branches(self, block: int) -> list[Branch]:
-        """The block's residual branches with full names."""
+        """The block's residual branches with full names; `norm` is empty where this block has none."""
         return [
-            Branch(
-                norm=self.full(b.norm, block),
+            replace(
+                b,
+                norm="" if block in b.except_in else self.full(b.norm, block),
+                post_norm=self.full(b.post_norm, block),
                 reads=tuple(self.full(r, block) for r in b.reads),
                 writes=self.full(b.writes, block),
                 inner=b.inner.replace("{i}", str(block)),

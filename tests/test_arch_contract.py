@@ -16,7 +16,7 @@ import pytest
 import torch
 from tersor.compress import arch as arch_package
 from tersor.compress.arch import architecture
-from tersor.compress.axes import family, shrink
+from tersor.compress.axes import family, shrink, size_of
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.layout import Layout
 from tersor.compress.walk import Walk
@@ -234,7 +234,7 @@ def zeroed(checkpoint: Checkpoint, names: set[str], axis: str, dead: torch.Tenso
 
 def expanded(alive: torch.Tensor, section: tuple[str, ...], axis: str, layout: Layout) -> torch.Tensor:
     """A mask over an axis as a mask over a section that has it as a factor."""
-    shape = [layout.sizes[a] for a in section]
+    shape = [size_of(a, layout.sizes) for a in section]
     if axis not in section:
         return torch.ones(math.prod(shape))
     return alive.reshape([-1 if a == axis else 1 for a in section]).expand(shape).reshape(-1)

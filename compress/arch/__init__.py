@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Param:
     shared_when: str = ""
     """Config attribute under which the parameter is the same tensor as `shared_with`."""
     shared_with: str = ""
+    except_in: tuple[int, ...] = ()
+    """Blocks that do not have the parameter."""
 
     @property
     def parsed(self) -> tuple[Dim, ...]:
@@ -43,7 +45,7 @@ class Norm:
 
     kind: Literal["rms", "layer"]
     eps: str
-    """Config attribute that holds epsilon."""
+    """Config attribute that holds epsilon; empty where transformers' code fixes it."""
     gain_offset: float = 0.0
     """Gain = weight + offset (Gemma's RMSNorm stores gain − 1)."""
 
@@ -52,13 +54,18 @@ class Norm:
 class Branch:
     """One residual branch of a block: stream → norm → `reads` → inner → `writes` → + stream.
 
-    For a post-norm block `norm` names the norm after the addition. `inner` are the dimensions of what `writes` reads.
+    In a post-norm block `norm` is the one after the addition. `inner` are the dimensions of what `writes` reads.
     """
 
     norm: str
     reads: tuple[str, ...]
     writes: str
     inner: str
+    post_norm: str = ""
+    """A norm between `writes` and the addition (Gemma 2): its gain acts on the stream's coordinates, so the stream
+    may lose channels but not rotate."""
+    except_in: tuple[int, ...] = ()
+    """Blocks whose branch reads the stream without a norm."""
 
 
 @dataclass(frozen=True)
@@ -80,27 +87,39 @@ class Architecture:
     """Equations (config attribute, product of axis families). Read to learn sizes, written to state new ones; an
     attribute that two equations would set differently means that no stock config can hold the sizes."""
     axes: tuple[Axis, ...]
-    derived: tuple[tuple[str, str, str], ...] = ()
-    """(axis, attribute, divisor attribute): the axis' size where the config leaves it out, a quotient of two others."""
+    defaults: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    """Config attribute of an equation → its value where the config leaves it out (head_dim: hidden / heads)."""
+    computed: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    """Axis that no equation states → its size (ViT's patches). Such an axis is fixed."""
     blocks: str
     """Path of the block list, `@layers`."""
     depth: str
     """Config attribute that counts the blocks."""
     embeddings: tuple[str, ...]
-    """Modules whose rows are written to the stream before the first block."""
+    """Modules and bare parameters that write to the stream before the first block."""
     params: tuple[Param, ...]
     branches: tuple[Branch, ...]
     norm: Norm
     stream: Literal["pre-norm", "post-norm"]
+    parallel: bool = False
+    """Whether both branches of a block read the stream that enters it (Phi), not one after the other."""
+    embedding_scale: Literal["", "sqrt(hidden)"] = ""
+    """What the forward multiplies the embeddings by and derives from a size: changes with it, in no config."""
+    branch_scale: str = ""
+    """Config attribute that multiplies what a branch adds to the stream (Granite); empty: 1."""
     final_norm: str = ""
     heads: Mapping[str, tuple[Param, ...]] = field(default_factory=dict)
     """Task name (optimum's) → the parameters that its head adds."""
     reads_stream: tuple[str, ...] = ()
-    """Head modules that read the final norm's output."""
+    """Modules that read the final norm's output; those that the task does not have are passed over."""
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config attributes that change the maths → the values understood here (`ANY`: carried through untouched)."""
     activation: str = "hidden_act"
     """Config attribute that names the FFN's activation."""
+    inputs: Literal["tokens", "pixels"] = "tokens"
+    """What the model reads: `input_ids`, or `pixel_values` `[batch, channels, height, width]`."""
+    positions_after: str = ""
+    """Config attribute after whose value position ids start (RoBERTa: pad_token_id); empty: they start at 0."""
     position_ids: bool = True
     """Whether forward takes `position_ids`."""
     token_types: bool = False
@@ -109,6 +128,19 @@ class Architecture:
     def axis(self, name: str) -> Axis | None:
         """The `Axis` of this family, or None if it is fixed."""
         return next((a for a in self.axes if a.name == name), None)
+
+
+def linear(name: str, out: str, inp: str, bias_when: str = "", **options: Any) -> tuple[Param, Param]:
+    """Weight and bias of a Linear; the bias exists under `bias_when`, or always."""
+    return (
+        Param(f"{name}.weight", f"{out}, {inp}", **options),
+        Param(f"{name}.bias", out, when=bias_when, **options),
+    )
+
+
+def layer_norm(name: str, bias_when: str = "", **options: Any) -> tuple[Param, Param]:
+    """Gain and bias of a LayerNorm on the stream."""
+    return Param(f"{name}.weight", "hidden", **options), Param(f"{name}.bias", "hidden", when=bias_when, **options)
 
 
 # Attributes that any config may carry and that change nothing a pass computes.
@@ -125,7 +157,7 @@ NEUTRAL = frozenset(
 
 def names() -> list[str]:
     """Every `model_type` that has a file here."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def architecture(model_type: str, place: str = "config.json") -> Architecture:
@@ -140,7 +172,7 @@ def architecture(model_type: str, place: str = "config.json") -> Architecture:
             f"{place}: model_type",
             repr(model_type),
             f"one of {', '.join(names())}",
-            "Another architecture is one file: docs/architecture.md says how.",
+            "Another architecture is one file: docs/writing_an_architecture.md says how.",
         )
     found: Architecture = importlib.import_module(f"{__name__}.{module}").ARCHITECTURE
     return found

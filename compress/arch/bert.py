@@ -1,19 +1,9 @@
 """BERT: post-norm LayerNorm encoder, absolute positions, plain FFN. MiniLM and most sentence encoders are this."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param
+from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm, linear
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@encoder.layer.{i}"
-
-
-def linear(name: str, out: str, inp: str, **when: str) -> tuple[Param, Param]:
-    """Weight and bias of a Linear."""
-    return Param(f"{name}.weight", f"{out}, {inp}", **when), Param(f"{name}.bias", out, **when)
-
-
-def layer_norm(name: str) -> tuple[Param, Param]:
-    """Gain and bias of a LayerNorm."""
-    return Param(f"{name}.weight", "hidden"), Param(f"{name}.bias", "hidden")
 
 
 POOLER = linear("@pooler.dense", "hidden", "hidden")

@@ -20,7 +20,7 @@ ARCHITECTURE = Architecture(
         Axis("ffn"),
         Axis("kv_heads"),
     ),
-    derived=(("head_dim", "hidden_size", "num_attention_heads"),),
+    defaults={"head_dim": lambda config: config.hidden_size // config.num_attention_heads},
     blocks="@layers",
     depth="num_hidden_layers",
     embeddings=("@embed_tokens",),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
-from tersor.compress.axes import Dim, family, shrink
+from tersor.compress.axes import Dim, family, shrink, size_of
 from tersor.compress.checkpoint import Check, Checkpoint
 from tersor.compress.errors import RecipeError
 from tersor.compress.layout import Layout
@@ -125,7 +125,7 @@ def used(layout: Layout, tensors: Tensors, names: list[str], axis: str) -> torch
             widths = [Dim((section,)).size(layout.sizes) for section in dim.sections]
             for section, part in zip(dim.sections, rows.split(widths), strict=True):
                 if axis in section:
-                    shaped = part.reshape([layout.sizes[a] for a in section])
+                    shaped = part.reshape([size_of(a, layout.sizes) for a in section])
                     found |= shaped.movedim(section.index(axis), 0).reshape(len(found), -1).any(1)
     return found
 

@@ -171,5 +171,5 @@ def show(value: float, digits: int = 3) -> str:
 
 def _distinct(value: float, limit: float) -> tuple[str, str]:
     """Both numbers with so many digits that they differ where they do."""
-    pairs = ((show(value, digits), show(limit, digits)) for digits in range(3, 17))
+    pairs = ((show(value, digits), show(limit, digits)) for digits in range(3, 16))
     return next((pair for pair in pairs if pair[0] != pair[1] or value == limit), (repr(value), repr(limit)))

@@ -96,8 +96,11 @@ def _kl(out: np.ndarray, reference: np.ndarray | None, sample: Sample) -> Pair:
 
 def _top1(out: np.ndarray, reference: np.ndarray | None, sample: Sample) -> Pair:
     assert reference is not None
-    agree = out[:-1].argmax(axis=1) == reference[:-1].argmax(axis=1)
-    return float(agree.sum()), len(sample.ids) - 1
+    ours, theirs = out[:-1].argmax(axis=1), reference[:-1].argmax(axis=1)
+    peaks = out[np.arange(len(ours)), ours], reference[np.arange(len(theirs)), theirs]
+    if not np.isfinite(peaks).all():  # argmax would call NaN the largest, and two broken models agree
+        return math.nan, 1.0
+    return float((ours == theirs).sum()), len(sample.ids) - 1
 
 
 def _cosine(out: np.ndarray, reference: np.ndarray | None, _: Sample) -> Pair:

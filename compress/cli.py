@@ -42,7 +42,7 @@ def _recipe(reference: str, model: str | None, overrides: Sequence[str] | None) 
     from .recipe import load_recipe
 
     recipe = load_recipe(reference, overrides or ())
-    return recipe.model_copy(update={"model": model, "base": Path.cwd()}) if model else recipe
+    return recipe.model_copy(update={"model": model}) if model else recipe
 
 
 def _print(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:

@@ -9,7 +9,7 @@ what the pass says it needs) and a measurement (original and result as float32 m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import TersorError
@@ -74,7 +74,12 @@ class Plan:
     @property
     def final(self) -> Layout:
         """Shapes of the result."""
-        return self.passes[-1].layout if self.passes else self.layout
+        return self.passes[-1].layout if self.passes else self.start
+
+    @property
+    def start(self) -> Layout:
+        """Shapes that the first pass meets: the original's, in the recipe's dtype."""
+        return replace(self.layout, dtype=self.recipe.dtype or self.layout.dtype)
 
     @property
     def peak_memory(self) -> int:
@@ -117,6 +122,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         RecipeError: a step cannot work; says at which line of the recipe.
     """
     original = layout
+    layout = Plan(recipe, original, (), ()).start
     passes: list[PlannedStep] = []
     for number, step in enumerate(recipe.passes):
         try:

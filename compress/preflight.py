@@ -11,12 +11,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PreflightError
 from .plan import Plan
 from .recipe import Recipe
 from .rundir import hash_file
+
+if TYPE_CHECKING:
+    from .data import Source
 
 DISTRIBUTIONS = ("tersor", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy", "safetensors")
 
@@ -52,7 +55,9 @@ def size(number: float) -> str:
 
 def thread_count(wanted: int | None) -> int:
     """The number of CPU threads a run uses: as asked, else the cores this process may use."""
-    return wanted or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else wanted or os.cpu_count() or 1
+    if wanted:
+        return wanted
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -93,7 +98,7 @@ def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
         "recipe": recipe.digest,
         "weights": {p.name: hash_file(p) for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")},
         "data": {
-            part: _hash_source(data.path, recipe.base)
+            part: _hash_source(data, recipe.base)
             for part in ("calibration", "heldout")
             if (data := getattr(recipe.data, part)) is not None
         },
@@ -103,15 +108,12 @@ def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
     }
 
 
-def _hash_source(path: str, base: Path | None) -> str:
-    from .data import resolve_path
+def _hash_source(source: Source, base: Path | None) -> str:
+    from .units import files
 
-    found = resolve_path(path, base)
-    if found.is_file():
-        return hash_file(found)
     digest = hashlib.sha256()
-    for file in sorted(p for p in found.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(found)} {hash_file(file)}\n".encode())
+    for file in files(source.part(base, "data")):
+        digest.update(f"{file.name} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 

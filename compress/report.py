@@ -79,7 +79,7 @@ def collect(journal: Sequence[Entry], plan: Plan, failed: bool) -> dict[str, Any
         "steps": steps,
         "checkpoint": block(last, "checkpoint" if plan.passes else "original"),
         "artifacts": artifacts,
-        "threads": latency["threads"],
+        "latency": {key: latency.get(key) for key in ("threads", "sequences", "tokens")},
         "verdict": "fail" if failed else "pass",
     }
 
@@ -102,12 +102,13 @@ def columns(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def rows(metrics: Mapping[str, Any]) -> list[list[str]]:
     """The summary table as text: a heading row, then a row a measurement."""
     shown = columns(metrics)
-    threads = metrics["threads"]
+    timed = metrics["latency"]
+    threads = f"{timed['threads']} thread{'s' if timed['threads'] != 1 else ''}"
     labels = {
         "parameters": "parameters",
         "bytes": "bytes",
         **{name: name.replace("_", " ") for name in metric_names(metrics)},
-        "latency_ms": f"latency, ms ({threads} threads)" if threads != 1 else "latency, ms (1 thread)",
+        "latency_ms": f"latency, ms ({timed['tokens']} tokens, {threads})",
     }
     table = [["", *shown]]
     for key, label in labels.items():
@@ -132,9 +133,11 @@ def _cell(key: str, block: Mapping[str, Any], original: Mapping[str, Any]) -> st
 
 
 def _parity(parity: Mapping[str, Any] | None) -> str:
+    """The output that is nearest to its limit."""
     if not parity:
         return "–"
-    return f"{parity['error']:.1e}, {parity['allowed']:.1e}"
+    worst = max(parity.values(), key=lambda p: p["error"] / p["limit"])
+    return f"{worst['error']:.1e}, {worst['limit']:.1e}"
 
 
 def markdown_table(table: Sequence[Sequence[str]]) -> str:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .pass_ import Context
 
 
+TIMED_TOKENS = 1024
+
+
 @dataclass(frozen=True)
 class How:
     """How a run is carried out; never part of the recipe.
@@ -182,6 +185,8 @@ class _Run:
         checkpoint = Checkpoint(
             self.original.layout, dict(self.original.tensors), self.original.tokenizer, dict(self.original.side_files)
         )
+        if self.plan.start.dtype != self.original.layout.dtype:
+            checkpoint.become(self.plan.start, checkpoint.tensors)
         steps = self.plan.passes or (self._unchanged(),)
         done = sum(self.directory.entry(step.name) is not None for step in steps)
         promises: list[Check] = []
@@ -200,7 +205,7 @@ class _Run:
 
     def _unchanged(self) -> PlannedStep:
         """The step of a recipe without passes: it hands out the checkpoint and holds it to the gates."""
-        return PlannedStep("0-unchanged", "pass", "unchanged", Unchanged(), self.plan.layout, 0, ())
+        return PlannedStep("0-unchanged", "pass", "unchanged", Unchanged(), self.plan.start, 0, ())
 
     def _apply(self, number: int, step: PlannedStep, checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """One pass: change, check, save, read back, score; its line in the journal."""
@@ -264,13 +269,13 @@ class _Run:
 
     def _exports(self, checkpoint: Checkpoint) -> None:
         samples = [s.ids for s in self.heldout] or random_sequences(checkpoint, self.recipe.seed)
-        for step in self.plan.exports:
+        for number, step in enumerate(self.plan.exports):
             entry = self.directory.entry(step.name)
             if entry is None:
                 with self.progress.step(f"export {step.name}"):
                     entry = self._export(step, checkpoint, samples)
             scorer = step.options.open(self._where(step.name), self.how.threads)
-            self._gate(step.name, entry["scores"], self.recipe.gate, scorer)
+            self._gate(step.name, entry["scores"], self.recipe.gate + self.recipe.export[number].gate, scorer)
 
     def _export(self, step: PlannedStep, checkpoint: Checkpoint, samples: Sequence[Any]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -303,17 +308,32 @@ class _Run:
                 scorers[step.name] = step.options.open(self._where(step.name), self.how.threads)
             found = self._latency(scorers)
             self.directory.finish_step(
-                {"step": "latency", "milliseconds": found, "threads": preflight.thread_count(self.how.threads)}
+                {
+                    "step": "latency",
+                    "milliseconds": found,
+                    "threads": preflight.thread_count(self.how.threads),
+                    "sequences": len(self._timed()),
+                    "tokens": sum(len(s.ids) for s in self._timed()),
+                }
             )
 
     def _latency(self, scorers: dict[str, Scorer]) -> dict[str, float]:
-        from .data import Sample
-        from .evaluate.latency import latency
+        from .evaluate import latency
 
-        samples = self.heldout or [
-            Sample(ids=ids, bytes=0, text="") for ids in random_sequences(self.original, self.recipe.seed)
-        ]
-        return latency(scorers, samples, threads=preflight.thread_count(self.how.threads))
+        return latency(scorers, self._timed(), threads=preflight.thread_count(self.how.threads))
+
+    def _timed(self) -> list[Sample]:
+        """The sequences that are timed together: about `TIMED_TOKENS` of the held-out text."""
+        from .data import Sample
+
+        ids = [s.ids for s in self.heldout] or random_sequences(self.original, self.recipe.seed)
+        total = 0
+        for count, sequence in enumerate(ids):
+            total += len(sequence)
+            if count and total > TIMED_TOKENS:
+                ids = ids[:count]
+                break
+        return [Sample(ids=sequence, bytes=0, text="") for sequence in ids]
 
     def _publish(self, failed: bool) -> None:
         """Move the last checkpoint and the artifacts to where people look for them."""

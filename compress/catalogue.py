@@ -1,0 +1,97 @@
+"""Catalogue: every pass and exporter with its options, read from the classes themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from .errors import RecipeError
+from .registry import EXPORTERS, PASSES, find_exporter, find_pass, names
+from .words import nearest, one_of
+
+
+def _all() -> Iterator[tuple[str, str, type]]:
+    yield from ((name, "pass", find_pass(name)) for name in names(PASSES))
+    yield from ((name, "exporter", find_exporter(name)) for name in names(EXPORTERS))
+
+
+def summary() -> list[dict[str, str]]:
+    """Name, kind and first sentence of each."""
+    return [
+        {"name": name, "kind": kind, "summary": (inspect.getdoc(found) or "").split("\n\n")[0].replace("\n", " ")}
+        for name, kind, found in _all()
+    ]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """All about one pass or exporter: its module's text and its options.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    for known, kind, found in _all():
+        if known == name:
+            text = inspect.getdoc(sys.modules[found.__module__]) or ""
+            return {"name": name, "kind": kind, "text": text, "options": options(found)}
+    known_names = [*names(PASSES), *names(EXPORTERS)]
+    raise RecipeError("tersor passes", repr(name), one_of(known_names), nearest(name, known_names))
+
+
+def options(found: type) -> list[dict[str, str]]:
+    """The options of a pass or exporter: name, type, default, meaning (from the `Attributes` of its docstring)."""
+    meanings = attributes(inspect.getdoc(found) or "")
+    hints = typing.get_type_hints(found, include_extras=True)
+    listed = []
+    for field in dataclasses.fields(found):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        required = default is dataclasses.MISSING
+        listed.append(
+            {
+                "name": field.name,
+                "type": _type(hints[field.name]),
+                "default": "(required)" if required else str(default),
+                "meaning": meanings.get(field.name, ""),
+            }
+        )
+    return listed
+
+
+def _type(hint: Any) -> str:
+    bounds = ""
+    if typing.get_origin(hint) is Annotated:
+        hint, *extras = typing.get_args(hint)
+        limits = [m for extra in extras for m in getattr(extra, "metadata", [extra])]
+        signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+        found = [f"{signs[k]} {v}" for m in limits for k, v in vars_of(m).items() if k in signs and v is not None]
+        bounds = f", {', '.join(found)}" if found else ""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return re.sub(r"\b(typing|collections\.abc)\.", "", text).replace("NoneType", "None") + bounds
+
+
+def vars_of(limit: Any) -> dict[str, Any]:
+    """The attributes of a constraint object (annotated_types uses slots)."""
+    return {name: getattr(limit, name) for name in ("gt", "ge", "lt", "le") if hasattr(limit, name)}
+
+
+def attributes(doc: str) -> dict[str, str]:
+    """The `Attributes:` section of a docstring, by name."""
+    section = re.search(r"^Attributes:\n((?:(?: {4}.*)?\n?)*)", doc, re.MULTILINE)
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.group(1).splitlines() if section else ():
+        head = re.match(r" {4}(\w+): (.*)", line)
+        if head:
+            name = head.group(1)
+            found[name] = head.group(2)
+        elif line.strip() and name:
+            found[name] += f" {line.strip()}"
+    return found

@@ -14,7 +14,9 @@ from .pooling import Pooling
 from .rows import Rows
 
 
-def build(checkpoint: Checkpoint, inputs: Literal["padded", "packed"], opset: int) -> tuple[ir.Model, dict[str, Any]]:
+def build(
+    checkpoint: Checkpoint, inputs: Literal["padded", "packed"], opset: int
+) -> tuple[ir.Model, dict[str, Any]]:
     """The stripped model and its description.
 
     Raises:

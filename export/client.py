@@ -47,9 +47,13 @@ class Client:
             self.session = onnxruntime.InferenceSession(
                 str(self.artifact.model_path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ORT raises its own types for one cause: the file is not a model it can run
+        except (
+            Exception
+        ) as error:  # ORT raises its own types for one cause: the file is not a model it can run
             reason = str(error).splitlines()[0][:200]
-            raise PreflightError(str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file") from error
+            raise PreflightError(
+                str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file"
+            ) from error
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.output: Output = "logits" if "logits" in self.outputs else "embedding"
         self.parameters = int(self.artifact.manifest.get("parameters", 0))
@@ -95,7 +99,9 @@ class Client:
 
             path = self.artifact.directory / "tokenizer.json"
             if not path.is_file():
-                raise PreflightError(str(path), "no such file", "a tokenizer", "Pass token ids instead of texts.")
+                raise PreflightError(
+                    str(path), "no such file", "a tokenizer", "Pass token ids instead of texts."
+                )
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()

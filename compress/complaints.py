@@ -112,7 +112,7 @@ def _written(detail: ErrorDetails, tree: Any) -> Loc:
             continue  # one mapping, taken as a list of one
         if node is ABSENT or holds(node, part):
             node = ABSENT if node is ABSENT else node[part]
-        elif part == "with" or (isinstance(node, dict) and index == last and _kind(detail) == "missing"):
+        elif part == "with" or (isinstance(node, dict | None) and index == last and _kind(detail) == "missing"):
             node = ABSENT
         else:
             continue  # the branch of a union

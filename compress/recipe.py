@@ -231,8 +231,8 @@ def _without_nothing(value: Any) -> Any:
         return [_without_nothing(part) for part in value]
     if not isinstance(value, dict):
         return value
-    written = {key: part for key, part in value.items() if part is not None and part not in ([], {})}
-    return {key: part if key == "with" else _without_nothing(part) for key, part in written.items()}
+    kept = {key: part if key == "with" else _without_nothing(part) for key, part in value.items()}
+    return {key: part for key, part in kept.items() if part is not None and part not in ([], {})}
 
 
 def _known(use: str, find: Callable[[str], type]) -> str:

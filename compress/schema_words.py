@@ -115,7 +115,7 @@ def _number_meant(value: Any, schema: Schema) -> str:
     except ValueError:
         return ""
     share = schema["type"] == "number" and schema.get("exclusiveMaximum", schema.get("maximum")) == 1
-    if share and not _fits(number, schema) and 1 <= number <= 100:
+    if share and not _fits(number, schema) and 1 < number <= 100:
         number /= 100
     if isinstance(value, bool) or not _fits(number, schema):
         return ""

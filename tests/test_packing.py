@@ -16,6 +16,7 @@ from tersor.compress.packing import PackedBatch, Stream, fill, pack, plan_histog
 
 WIDTH = 24
 lengths_lists = st.lists(st.integers(1, WIDTH), max_size=60)
+untimed = settings(deadline=None, max_examples=60)
 histograms = st.lists(st.integers(0, 30), max_size=WIDTH)
 
 
@@ -25,6 +26,7 @@ def sequences_of(lengths: list[int]) -> list[np.ndarray]:
     return [np.arange(start, end, dtype=np.int64) + 1 for start, end in pairwise(ends)]
 
 
+@untimed
 @given(lengths_lists)
 def test_every_sequence_is_in_one_row_and_no_row_is_over_width(lengths: list[int]) -> None:
     rows = pack(lengths, WIDTH)
@@ -33,6 +35,7 @@ def test_every_sequence_is_in_one_row_and_no_row_is_over_width(lengths: list[int
     assert all(row == sorted(row) for row in rows)
 
 
+@untimed
 @given(lengths_lists, st.integers(-5, 5))
 def test_a_split_gives_back_what_went_in(lengths: list[int], pad: int) -> None:
     sequences = sequences_of(lengths)
@@ -45,6 +48,7 @@ def test_a_split_gives_back_what_went_in(lengths: list[int], pad: int) -> None:
     assert [s[:, 1].tolist() for s in batch.split(stacked)] == [(-s).tolist() for s in sequences]
 
 
+@untimed
 @given(lengths_lists)
 def test_pooled_answers_are_put_in_order(lengths: list[int]) -> None:
     sequences = sequences_of(lengths)
@@ -93,6 +97,7 @@ def test_outputs_of_other_shapes_are_refused() -> None:
         batch.arrange(np.zeros((3, 4)))
 
 
+@untimed
 @given(histograms)
 def test_a_plan_uses_the_histogram_exactly(counts: list[int]) -> None:
     used: Counter[int] = Counter()
@@ -104,14 +109,15 @@ def test_a_plan_uses_the_histogram_exactly(counts: list[int]) -> None:
     assert [used[length] for length in range(1, len(counts) + 1)] == counts
 
 
+@untimed
 @given(lengths_lists)
 def test_pack_follows_its_plan(lengths: list[int]) -> None:
     counts = np.bincount(lengths, minlength=WIDTH + 1)[1:] if lengths else []
     assert len(pack(lengths, WIDTH)) == sum(rows for rows, _ in plan_histogram(counts, WIDTH))
 
 
+@untimed
 @given(st.lists(st.integers(1, WIDTH), min_size=1, max_size=200))
-@settings(deadline=None)
 def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
     sums = sorted(sum(lengths[i] for i in row) for row in pack(lengths, WIDTH))
     assert len(sums) < 2 or sums[0] + sums[1] > WIDTH
@@ -145,6 +151,7 @@ def test_short_sentences_and_mixed_lengths_fill_their_rows(width: int) -> None:
     assert mixed.sum() / (len(arrival) * width) < 0.9
 
 
+@untimed
 @given(lengths_lists, st.integers(1, 5))
 def test_a_stream_loses_nothing_and_keeps_arrival_order(lengths: list[int], open_rows: int) -> None:
     stream = Stream(WIDTH, open_rows)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..data import Sample
-from ..errors import RecipeError
+from ..errors import PreflightError, RecipeError
 from .metrics import Metric, check_metrics
 from .scorer import Scorer
 
-VALUES = 1 << 26  # float32 answers held at once: 256 MiB for a model, as much for its reference
+VALUES = 1 << 24  # numbers of the answers held at once: 64 MiB for a model, as much for its reference
+TOKENS = 1 << 14  # of a chunk, so that a progress bar moves on small answers too
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def evaluate(
         track: wraps the chunks in a progress bar.
 
     Raises:
-        RecipeError: an unknown metric, one for another kind of output, no reference, or an answer that is not
-        finite.
+        RecipeError: an unknown metric, one for another kind of output, no reference, or nothing to predict.
+        PreflightError: an answer that is not finite.
     """
     wanted = check_metrics(metrics, scorer.output)
     lacking = [metric.name for metric in wanted if metric.needs_reference and reference is None]
@@ -128,7 +129,7 @@ def _measure(
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         pair = metric.sample(answer, original, sample)
     if not all(map(math.isfinite, pair)):
-        raise RecipeError(
+        raise PreflightError(
             f"metrics: {metric.name}",
             f"{pair[0]} on sample {index + 1}",
             "a finite number",
@@ -138,11 +139,12 @@ def _measure(
 
 
 def _chunks(scorer: Scorer, samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Indices of samples, longest first, so many at a time that their answers stay under VALUES numbers."""
+    """Indices of samples, longest first, so many at a time that VALUES and TOKENS hold, or one."""
     order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].ids), i))
     if not order:
         return
-    size = scorer([samples[order[0]].ids])[0].size
-    step = max(1, VALUES // size)
+    longest = samples[order[0]].ids
+    values = scorer([longest])[0].size  # answers of the others are no larger
+    step = max(1, min(VALUES // values, TOKENS // len(longest)))
     for start in range(0, len(order), step):
         yield order[start : start + step]

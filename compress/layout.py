@@ -185,6 +185,8 @@ class Layout:
         Raises:
             RecipeError: the architecture keeps an axis fixed, or no stock config holds the sizes.
         """
+        from huggingface_hub.errors import StrictDataclassError
+
         sizes = {**self.families, **changes}
         config = copy.deepcopy(self.config)
         written: dict[str, int] = {}
@@ -197,9 +199,9 @@ class Layout:
                     "sizes that a stock config can state",
                 )
         for name in changes:
-            if self.arch.axis(name) is None:
-                fixed = ", ".join(a.name for a in self.arch.axes)
-                raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}", f"one of {fixed}")
+            if self.arch.axis(name) is None and not any(name in group for group in self.arch.coupled):
+                free = ", ".join(a.name for a in self.arch.axes)
+                raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}", f"one of {free}")
         for axis in self.arch.axes:  # all of them: fewer heads move the grid of an axis that did not change
             multiple = written.get(axis.multiple_of, 1)
             if sizes[axis.name] % multiple:
@@ -212,6 +214,13 @@ class Layout:
             setattr(config, attribute, value)
         if untie:
             config.tie_word_embeddings = False
+        try:
+            config.validate()
+        except (ValueError, StrictDataclassError) as error:
+            found = " ".join(str(error).split())
+            raise RecipeError(
+                f"{self.arch.model_type} with {describe(changes)}", f"a config that transformers refuses ({found})"
+            ) from error
         return Layout(self.arch, config, self.task, self.dtype)
 
     def grid(self, name: str) -> int:

@@ -310,8 +310,8 @@ def test_locate_finds_package_data():
     ("reference", "says"),
     [
         ("./nowhere", "no such directory"),
-        ("package:no_such_package_here/model", "no package no_such_package_here"),
-        ("package:tersor.compress/nowhere", "no nowhere in tersor.compress"),
+        ("package:no_such_package_here/model", "no package '?no_such_package_here"),
+        ("package:tersor.compress/nowhere", "found no"),
         ("nobody/no-such-model", "a hub id that cannot be fetched"),
     ],
 )

@@ -87,6 +87,9 @@ class Architecture:
     """Equations (config attribute, product of axis families). Read to learn sizes, written to state new ones; an
     attribute that two equations would set differently means that no stock config can hold the sizes."""
     axes: tuple[Axis, ...]
+    """Axes that may change alone."""
+    coupled: tuple[tuple[str, ...], ...] = ()
+    """Axes that a stock config can change only together (GPT-2 has no head_dim: hidden with heads)."""
     defaults: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     """Config attribute of an equation → its value where the config leaves it out (head_dim: hidden / heads)."""
     computed: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)

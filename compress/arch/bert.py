@@ -8,6 +8,19 @@ LAYER = "@encoder.layer.{i}"
 
 POOLER = linear("@pooler.dense", "hidden", "hidden")
 
+
+def masked_lm(dense: str, norm: str, out: str, bias: str) -> tuple[Param, ...]:
+    """A masked-LM head: dense, norm, and an output that shares the word embeddings and a bias named twice."""
+    tied = {"shared_when": "tie_word_embeddings"}
+    return (
+        *linear(dense, "hidden", "hidden"),
+        *layer_norm(norm),
+        Param(bias, "vocab"),
+        Param(f"{out}.weight", "vocab, hidden", shared_with="@embeddings.word_embeddings.weight", **tied),
+        Param(f"{out}.bias", "vocab", shared_with=bias, **tied),
+    )
+
+
 ARCHITECTURE = Architecture(
     model_type="bert",
     config=(
@@ -63,6 +76,12 @@ ARCHITECTURE = Architecture(
     stream="post-norm",
     heads={
         "feature-extraction": POOLER,
+        "fill-mask": masked_lm(
+            dense="cls.predictions.transform.dense",
+            norm="cls.predictions.transform.LayerNorm",
+            out="cls.predictions.decoder",
+            bias="cls.predictions.bias",
+        ),
         "text-classification": (*POOLER, *linear("classifier", "labels", "hidden")),
     },
     settings={

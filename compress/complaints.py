@@ -110,9 +110,10 @@ def _written(detail: ErrorDetails, tree: Any) -> Loc:
     for index, part in enumerate(parts):
         if isinstance(node, dict) and part == 0:
             continue  # one mapping, taken as a list of one
+        node_may_lack = node is None or isinstance(node, dict)
         if node is ABSENT or holds(node, part):
             node = ABSENT if node is ABSENT else node[part]
-        elif part == "with" or (isinstance(node, dict | None) and index == last and _kind(detail) == "missing"):
+        elif part == "with" or (node_may_lack and index == last and _kind(detail) == "missing"):
             node = ABSENT
         else:
             continue  # the branch of a union

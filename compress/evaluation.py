@@ -91,14 +91,12 @@ class Question:
         """A scorer and its tokenizer, from a checkpoint or an artifact."""
         from .checkpoint import Checkpoint, load_tokenizer, locate
         from .evaluate.torch_scorer import TorchScorer
-        from .recipe import adapter
-        from .registry import find_exporter
+        from .recipe import exporter_options
 
         path = locate(reference, self.offline)
         described = path / "artifact.json"
         if described.is_file():
-            exporter = find_exporter(json.loads(described.read_text("utf-8"))["exporter"])
-            options: Any = adapter(exporter).validate_python({})
+            options: Any = exporter_options(json.loads(described.read_text("utf-8"))["exporter"])
             return options.open(path, self.threads), load_tokenizer(path)
         checkpoint: Checkpoint = Checkpoint.load(path)
         return TorchScorer(checkpoint, self.threads), checkpoint.tokenizer

@@ -14,55 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from .complaints import RecipeFaultsError, as_written, nearest_mark, translate
 from .data import Source
 from .errors import RecipeError
-from .evaluate.gate import Gate
 from .exporter import Exporter
 from .overrides import override
-from .pass_ import Pass
-from .registry import find_exporter, find_pass
+from .steps import FORBID, ExportStep, Gates, PassStep
 from .words import nearest, one_of, shown
-from .yaml_file import Document, Loc, Mark, dotted, read_yaml, to_yaml
+from .yaml_file import Document, Loc, Mark, dotted, read_yaml
+from .yaml_text import to_yaml
 
-FORBID = ConfigDict(
-    extra="forbid",
-    strict=True,
-    frozen=True,
-    validate_default=True,
-    validate_by_name=True,
-    validate_by_alias=True,
-)
 FIRST_LINE = "Its first line is `recipe: 1`."
-
-
-def _one_or_more(value: Any) -> Any:
-    """One gate or a list of them."""
-    if isinstance(value, (dict, Gate)):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-Gates = Annotated[tuple[Gate, ...], BeforeValidator(_one_or_more)]
 
 
 class Data(BaseModel):
@@ -77,58 +46,6 @@ class Data(BaseModel):
 
     calibration: Source | None = None
     heldout: Source | None = None
-
-
-class PassStep(BaseModel):
-    """One pass.
-
-    Attributes:
-        use: name of the pass.
-        options: its options; which there are depends on `use`.
-        gate: limits that must hold after this step.
-    """
-
-    model_config = FORBID
-
-    use: str
-    options: Pass = Field(default_factory=dict, alias="with")  # type: ignore[assignment]
-    gate: Gates = ()
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, use: str) -> str:
-        return _known(use, find_pass)
-
-    @field_validator("options", mode="plain")
-    @classmethod
-    def _instantiated(cls, value: Any, info: ValidationInfo) -> Any:
-        return _instance(value, info, find_pass)
-
-
-class ExportStep(BaseModel):
-    """One export.
-
-    Attributes:
-        use: name of the exporter.
-        options: its options; which there are depends on `use`.
-        gate: limits that must hold on this artifact, besides the recipe's own.
-    """
-
-    model_config = FORBID
-
-    use: str
-    options: Exporter = Field(default_factory=dict, alias="with")  # type: ignore[assignment]
-    gate: Gates = ()
-
-    @field_validator("use")
-    @classmethod
-    def _known(cls, use: str) -> str:
-        return _known(use, find_exporter)
-
-    @field_validator("options", mode="plain")
-    @classmethod
-    def _instantiated(cls, value: Any, info: ValidationInfo) -> Any:
-        return _instance(value, info, find_exporter)
 
 
 class Recipe(BaseModel):
@@ -233,37 +150,6 @@ def _without_nothing(value: Any) -> Any:
         return value
     kept = {key: part if key == "with" else _without_nothing(part) for key, part in value.items()}
     return {key: part for key, part in kept.items() if part is not None and part not in ([], {})}
-
-
-def _known(use: str, find: Callable[[str], type]) -> str:
-    try:
-        find(use)
-    except RecipeError as error:
-        raise _said(error) from error
-    return use
-
-
-def _said(error: RecipeError) -> PydanticCustomError:
-    context = {"found": error.found, "expected": error.expected, "remedy": error.remedy}
-    return PydanticCustomError("recipe", "{found}", context)
-
-
-def _instance(value: Any, info: ValidationInfo, find: Callable[[str], type]) -> Any:
-    if "use" not in info.data:  # refused already
-        return value
-    kind = find(info.data["use"])
-    if isinstance(value, kind):
-        return value
-    try:
-        return adapter(kind).validate_json(json.dumps({} if value is None else value))
-    except RecipeError as error:  # a pass's own validator may speak for itself
-        raise _said(error) from error
-
-
-@cache
-def adapter(kind: type) -> TypeAdapter[Any]:
-    """The validator of an options class."""
-    return TypeAdapter(kind)
 
 
 def shipped() -> dict[str, Path]:

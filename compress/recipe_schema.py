@@ -16,11 +16,14 @@ from typing import Any
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
 from .complaints import value_at
+from .data import Source
 from .errors import RecipeError
+from .evaluate.gate import Gate
 from .evaluate.metrics import ALWAYS, METRICS
-from .recipe import Data, ExportStep, Gate, PassStep, Recipe, Source, adapter
+from .recipe import Data, Recipe
 from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
 from .schema_words import Schema, branches
+from .steps import ExportStep, PassStep, adapter
 from .yaml_file import Loc
 
 STEPS: dict[str, tuple[type, Group, Callable[[str], type]]] = {
@@ -176,4 +179,6 @@ def _inner(node: Schema, part: str | int, root: Schema) -> Schema:
             return dict(schema["items"])
         if part in schema.get("properties", {}):
             return dict(schema["properties"][part])
+        if isinstance(schema.get("additionalProperties"), dict):
+            return dict(schema["additionalProperties"])
     return {}

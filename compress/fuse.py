@@ -64,7 +64,7 @@ def rotatable(layout: Layout) -> None:
 
 def norms(layout: Layout) -> list[str]:
     """Every norm on the stream by full module name, in the order of the forward, the final one last."""
-    found = [branch.norm for block in range(layout.depth) for branch in layout.branches(block)]
+    found = [b.norm for block in range(layout.depth) for b in layout.branches(block) if b.norm]
     final = [layout.full(layout.arch.final_norm)] if layout.arch.final_norm else []
     return list(dict.fromkeys(found + final))
 
@@ -171,5 +171,6 @@ def restate(layout: Layout, changes: Mapping[str, int]) -> Layout:
     after = layout.resized(changes, untie="hidden" in changes)
     eps = layout.arch.norm.eps
     ratio = layout.families["hidden"] / after.families["hidden"]
-    setattr(after.config, eps, getattr(layout.config, eps) * ratio)
+    if eps:
+        setattr(after.config, eps, getattr(layout.config, eps) * ratio)
     return after

@@ -26,7 +26,7 @@ def build(
     pooling = Pooling.of(checkpoint.side_files) if layout.task == "feature-extraction" else None
     model = checkpoint.model(torch.float32)
     model.config.use_cache = False
-    rows = Rows(model, pooling, layout.arch.token_types, packed=inputs == "packed")
+    rows = Rows(model, pooling, layout.arch.token_types, inputs == "packed", layout.first_position)
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if layout.arch.token_types else [])]
     outputs = ["logits"] if pooling is None else ["last_hidden_state", "sentence_embedding"]
     traced = trace.trace(rows, examples(layout.sizes["vocab"], len(names)), names, outputs, opset)

@@ -113,15 +113,19 @@ class Rows(nn.Module):
         pooling: how to embed a sequence; None for a model with logits.
         token_types: whether a third input exists.
         packed: whether numbers above 1 open new segments; otherwise every non-zero entry is the one sequence.
+        first_position: the position id of a sequence's first token (RoBERTa counts from behind the padding id).
     """
 
-    def __init__(self, model: nn.Module, pooling: Pooling | None, token_types: bool, packed: bool):
+    def __init__(
+        self, model: nn.Module, pooling: Pooling | None, token_types: bool, packed: bool, first_position: int = 0
+    ):
         from transformers import AttentionInterface
 
         super().__init__()
         AttentionInterface.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
         self.model, self.pooling, self.token_types, self.packed = model, pooling, token_types, packed
+        self.first_position = first_position
 
     def forward(
         self,
@@ -139,7 +143,7 @@ class Rows(nn.Module):
         positions = torch.where(segments > 0, columns - torch.where(segments > 1, origin, 0), 0)
         extra = {"token_type_ids": token_type_ids} if self.token_types else {}
         with _within(segments):
-            out = self.model(input_ids=input_ids, position_ids=positions, **extra)
+            out = self.model(input_ids=input_ids, position_ids=positions + self.first_position, **extra)
         real = (segments > 0).unsqueeze(-1)
         if self.pooling is None:
             return torch.where(real, out.logits, 0.0)

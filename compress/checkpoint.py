@@ -94,7 +94,7 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # transformers' config validation raises many types; all mean the same to the user
         raise RecipeError(str(path), f"a config that transformers refuses: {_one_line(error)}") from error
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or stored_dtype(directory)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or stored_dtype(directory) or "float32"
     if dtype not in BYTES:
         raise RecipeError(f"{path}: dtype", repr(dtype), " or ".join(BYTES))
     return Layout.of(config, task or infer_task(config, path), dtype)

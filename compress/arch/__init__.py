@@ -152,7 +152,7 @@ NEUTRAL = frozenset(
     decoder_start_token_id dtype torch_dtype eos_token_id experts_implementation finetuning_task forced_bos_token_id
     forced_eos_token_id gradient_checkpointing id2label initializer_range is_encoder_decoder keys_to_ignore_at_inference
     label2id max_length max_position_embeddings model_type name_or_path num_labels output_attentions
-    output_hidden_states pad_token_id prefix problem_type remove_invalid_values return_dict sep_token_id
+    output_hidden_states output_past pad_token_id prefix problem_type remove_invalid_values return_dict sep_token_id
     task_specific_params tie_encoder_decoder tie_word_embeddings tokenizer_class torchscript transformers_version
     use_cache use_return_dict""".split()
 )

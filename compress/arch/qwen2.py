@@ -20,6 +20,7 @@ ARCHITECTURE = replace(
         "rope_parameters": ANY,
         "rope_scaling": ANY,
         "rope_theta": ANY,
+        "use_mrope": (False,),
         "use_sliding_window": ANY,
         "sliding_window": ANY,
         "max_window_layers": ANY,

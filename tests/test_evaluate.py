@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tersor.compress.arch import architecture, names
 from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.data import Sample
 from tersor.compress.errors import PreflightError, RecipeError
@@ -18,9 +19,11 @@ from tersor.compress.evaluate import score as score_module
 from tersor.compress.evaluate.metrics import divergence, negative_log_likelihood
 from tersor.compress.evaluate.pooling import Pooling
 from tersor.compress.evaluate.score import student, summarize
-from tersor.compress.evaluate.torch_scorer import TOKENS, TorchScorer, batches
+from tersor.compress.evaluate.torch_scorer import OUTPUTS, TOKENS, TorchScorer, batches
 
+IMAGE_MODELS = ["vit"]
 DECODERS = ["llama", "mistral", "qwen2"]
+TEXT_MODELS = [n for n in names() if architecture(n).heads.keys() & OUTPUTS.keys() and n not in IMAGE_MODELS]
 
 
 def make_samples(lengths: Sequence[int], seed: int = 0, vocab: int = 90) -> list[Sample]:
@@ -52,7 +55,7 @@ class Fixed:
 # --- the torch scorer
 
 
-@pytest.mark.parametrize("model_type", [*DECODERS, "bert"])
+@pytest.mark.parametrize("model_type", TEXT_MODELS)
 def test_order_and_company_do_not_matter(tiny: Callable[..., Checkpoint], model_type: str) -> None:
     scorer = TorchScorer(tiny(model_type))
     sequences = [s.ids for s in make_samples([5, 17, 2, 30, 17, 9, 1])]
@@ -91,9 +94,13 @@ def test_a_scorer_counts_stored_weights_and_keeps_threads(tiny: Callable[..., Ch
     )
 
 
-def test_sequences_that_cannot_run_are_refused(tiny: Callable[..., Checkpoint]) -> None:
-    checkpoint = tiny("bert")
-    limit = checkpoint.config.max_position_embeddings
+@pytest.mark.parametrize(("model_type", "reserved"), [("bert", 0), ("gpt2", 0), ("roberta", 1)])
+def test_sequences_that_cannot_run_are_refused(
+    tiny: Callable[..., Checkpoint], model_type: str, reserved: int
+) -> None:
+    checkpoint = tiny(model_type)
+    limit = checkpoint.config.max_position_embeddings - reserved
+    assert len(TorchScorer(checkpoint)([np.full(limit, 5)])) == 1
     with pytest.raises(RecipeError, match=f"{limit + 1}, expected at most {limit}, the model's positions"):
         TorchScorer(checkpoint)([np.full(limit + 1, 5)])
     with pytest.raises(RecipeError, match="without tokens"):
@@ -104,6 +111,12 @@ def test_sequences_that_cannot_run_are_refused(tiny: Callable[..., Checkpoint]) 
 def test_a_task_that_cannot_be_measured_is_refused(tiny: Callable[..., Checkpoint]) -> None:
     with pytest.raises(RecipeError, match=r"'text-classification', expected one that can be measured"):
         TorchScorer(tiny("bert", "text-classification"))
+
+
+@pytest.mark.parametrize("model_type", IMAGE_MODELS)
+def test_a_model_of_images_is_refused(tiny: Callable[..., Checkpoint], model_type: str) -> None:
+    with pytest.raises(RecipeError, match="reads pixel_values, expected a model of text"):
+        TorchScorer(tiny(model_type, "feature-extraction"))
 
 
 def test_batches_keep_the_budget() -> None:

@@ -49,6 +49,13 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return found
 
 
+def positions(checkpoint: Checkpoint) -> int | None:
+    """The longest sequence that the model has positions for, None if the config sets no limit."""
+    limit: int | None = getattr(checkpoint.config, "max_position_embeddings", None)
+    after = checkpoint.layout.arch.positions_after
+    return limit - getattr(checkpoint.config, after) - 1 if limit and after else limit
+
+
 class TorchScorer:
     """Satisfies `Scorer`.
 
@@ -69,8 +76,12 @@ class TorchScorer:
         self.bytes = checkpoint.layout.bytes
         self.threads = threads
         self.pooling = Pooling.of(checkpoint.side_files)
-        self._limit = getattr(checkpoint.config, "max_position_embeddings", None)
+        self._limit = positions(checkpoint)
         self._model = checkpoint.model(torch.float32)
+        if self._model.main_input_name != "input_ids":
+            raise RecipeError(
+                "model", f"one that reads {self._model.main_input_name}", "a model of text to measure"
+            )
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Scorer` says.

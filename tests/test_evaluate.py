@@ -105,6 +105,11 @@ def test_sequences_that_cannot_run_are_refused(
         TorchScorer(checkpoint)([np.full(limit + 1, 5)])
     with pytest.raises(RecipeError, match="without tokens"):
         TorchScorer(checkpoint)([np.array([], np.int64)])
+    size = checkpoint.config.vocab_size
+    with pytest.raises(
+        RecipeError, match=f"token {size}, expected ids below {size}. The tokenizer is of another"
+    ):
+        TorchScorer(checkpoint)([np.array([5, size])])
     assert TorchScorer(checkpoint)([]) == []
 
 

@@ -76,18 +76,19 @@ class TorchScorer:
         self.bytes = checkpoint.layout.bytes
         self.threads = threads
         self.pooling = Pooling.of(checkpoint.side_files)
-        self._limit = positions(checkpoint)
         self._model = checkpoint.model(torch.float32)
         if self._model.main_input_name != "input_ids":
             raise RecipeError(
                 "model", f"one that reads {self._model.main_input_name}", "a model of text to measure"
             )
+        self._limit = positions(checkpoint)
+        self._vocabulary = int(checkpoint.config.vocab_size)
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As `Scorer` says.
 
         Raises:
-            RecipeError: a sequence is empty or longer than the model's positions.
+            RecipeError: a sequence is empty, longer than the model's positions, or of another vocabulary.
         """
         lengths = [len(sequence) for sequence in sequences]
         if lengths and min(lengths) == 0:
@@ -95,6 +96,14 @@ class TorchScorer:
         if self._limit and max(lengths, default=0) > self._limit:
             raise RecipeError(
                 "data: length", str(max(lengths)), f"at most {self._limit}, the model's positions"
+            )
+        largest = max((int(sequence.max()) for sequence in sequences), default=0)
+        if largest >= self._vocabulary:
+            raise RecipeError(
+                "data",
+                f"token {largest}",
+                f"ids below {self._vocabulary}",
+                "The tokenizer is of another model.",
             )
         answers: list[np.ndarray | None] = [None] * len(sequences)
         with torch_threads(self.threads), torch.inference_mode():

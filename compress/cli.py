@@ -340,14 +340,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
+        if isinstance(error, typer.Exit):
             sys.exit(error.exit_code)
-        if isinstance(error, click.Abort):
-            error = KeyboardInterrupt()
-        known = _message(error)
+        show = getattr(error, "show", None)  # typer carries a click of its own, whose exceptions it does not export
+        if show is not None:
+            show()
+            sys.exit(2)
+        known = _message(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
         if known is None:
             raise
         print(f"tersor: {known[0]}", file=sys.stderr)

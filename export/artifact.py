@@ -184,7 +184,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write artifact.json over all files in `directory`; returns its content."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
     hashes = {p.relative_to(directory).as_posix(): sha256(p) for p in files}
-    manifest = {"format": FORMAT, **facts, "files": hashes}
+    manifest = {"format": FORMAT, "exporter": "onnx", **facts, "files": hashes}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     return manifest
 

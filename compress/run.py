@@ -154,9 +154,18 @@ class _Run:
             return []
         place = self.recipe.place("data", part)
         windows = self.original.layout.task == "text-generation"
-        return read_samples(
+        samples = read_samples(
             data, self.original.tokenizer, windows=windows, seed=seed, base=self.recipe.base, place=place
         )
+        vocab, highest = self.original.layout.families["vocab"], max(int(s.ids.max()) for s in samples)
+        if highest >= vocab:
+            raise PreflightError(
+                f"{self.recipe.model}: tokenizer",
+                f"token {highest}",
+                f"ids under {vocab}, the model's vocabulary",
+                "The tokenizer belongs to another model.",
+            )
+        return samples
 
     def _score_original(self) -> None:
         if self.directory.entry("original") is None:

@@ -56,8 +56,8 @@ class Dim:
 
 
 def parse_dims(text: str) -> tuple[Dim, ...]:
-    """`"ffn{i}, hidden"` → the two dimensions of a Linear's weight."""
-    return tuple(Dim.parse(part) for part in text.split(","))
+    """`"ffn{i}, hidden"` → the two dimensions of a Linear's weight; `""` → none, a scalar."""
+    return tuple(Dim.parse(part) for part in text.split(",")) if text else ()
 
 
 def family(axis: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +139,7 @@ class Checkpoint:
 
     Attributes:
         layout: architecture, config, task and dtype.
-        tensors: every parameter by its in-memory name; tied names hold the same tensor.
+        tensors: every parameter and stored buffer by its in-memory name; tied names hold the same tensor.
         tokenizer: carried along, or None.
         side_files: small files that travel with the model byte for byte (tokenizer, pooling, generation defaults),
             by relative path.
@@ -214,7 +215,7 @@ class Checkpoint:
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A transformers module over these tensors, in eval mode, sharing storage where the dtype allows."""
         seen: dict[int, torch.Tensor] = {}
-        state = {n: seen.setdefault(id(t), t.detach().to(dtype)) for n, t in self.tensors.items()}
+        state = {n: seen.setdefault(id(t), _cast(t.detach(), dtype)) for n, t in self.tensors.items()}
         import copy
 
         config = copy.deepcopy(self.config)
@@ -229,7 +230,7 @@ class Checkpoint:
 
     def become(self, layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
         """Take a new shape. Tensors are cast to the stored dtype once, here; tied names are tied again."""
-        cast = {n: t.to(self.dtype).contiguous() for n, t in tensors.items() if not layout.tensors[n].shared_with}
+        cast = {n: _cast(t, self.dtype).contiguous() for n, t in tensors.items() if not layout.tensors[n].shared_with}
         for name, tensor in layout.tensors.items():
             if tensor.shared_with:
                 cast[name] = cast[tensor.shared_with]
@@ -240,7 +241,7 @@ class Checkpoint:
         """Write a plain `from_pretrained` directory: config, safetensors, tokenizer, side files, model card."""
         model = self.model(self.dtype)
         model.config.dtype = self.dtype
-        with quiet():
+        with quiet(), system_errors(directory):
             model.save_pretrained(directory)
         if self.tokenizer is not None and not self.side_files.keys() & set(TOKENIZER_FILES):
             self.tokenizer.save_pretrained(directory)  # one made in code; files that were read are copied below,
@@ -258,10 +259,29 @@ class Checkpoint:
         return [f"{name}: {what}" for name, what in wrong if what]
 
 
+@contextlib.contextmanager
+def system_errors(directory: Path) -> Iterator[None]:
+    """Turn what safetensors says of a full disk into the OSError that it was."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+
+
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by name, detached; tied names hold the same tensor object."""
+    """Parameters and stored buffers by name, detached; tied names hold the same tensor object."""
     seen: dict[int, torch.Tensor] = {}
-    return {n: seen.setdefault(id(p), p.detach()) for n, p in model.named_parameters(remove_duplicate=False)}
+    state = model.state_dict(keep_vars=True)
+    return {name: seen.setdefault(id(tensor), tensor.detach()) for name, tensor in state.items()}
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

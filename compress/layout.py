@@ -24,12 +24,13 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter of a layout: its full name, dimensions by name, shape, and the name it shares storage with."""
+    """One stored tensor of a layout: full name, dimensions by name, shape, the name it shares storage with, kind."""
 
     name: str
     dims: tuple[Dim, ...]
     shape: tuple[int, ...]
     shared_with: str = ""
+    kind: str = "parameter"
 
     @property
     def numel(self) -> int:
@@ -104,7 +105,7 @@ class Layout:
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return int(getattr(self.config, self.arch.depth))
+        return int(getattr(self.config, self.arch.depth)) if self.arch.depth else 0
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -143,23 +144,26 @@ class Layout:
                 at,
                 tuple(d.size(self.sizes) for d in at),
                 self.full(param.shared_with, block) if shared else "",
+                param.kind,
             )
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter by full name, tied ones included (they name what they share)."""
-        params = (*self.arch.params, *self.arch.heads[self.task])
+        """Every stored tensor by full name, tied ones included (they name what they share)."""
+        expanded = self.arch.expand(self.config) if self.arch.expand else ()
+        params = (*self.arch.params, *expanded, *self.arch.heads[self.task])
         return {t.name: t for p in params if self._exists(p) for t in self._expand(p)}
 
     @property
     def parameters(self) -> int:
         """Real parameters: each storage once."""
-        return sum(t.numel for t in self.tensors.values() if not t.shared_with)
+        return sum(t.numel for t in self.tensors.values() if not t.shared_with and t.kind == "parameter")
 
     @property
     def bytes(self) -> int:
-        """Bytes of the stored weights."""
-        return self.parameters * BYTES[self.dtype]
+        """Bytes of the stored tensors."""
+        floats = sum(t.numel for t in self.tensors.values() if not t.shared_with and t.kind != "counter")
+        return floats * BYTES[self.dtype] + 8 * sum(t.kind == "counter" for t in self.tensors.values())
 
     def branches(self, block: int) -> list[Branch]:
         """The block's residual branches with full names; `norm` is empty where this block has none."""
@@ -223,12 +227,14 @@ class Layout:
             ) from error
         return Layout(self.arch, config, self.task, self.dtype)
 
-    def grid(self, name: str) -> int:
-        """The step on which the axis' size may move in this config."""
+    def grid(self, name: str, changes: Mapping[str, int] | None = None) -> int:
+        """The step on which the axis' size may move in this config, once other axes have the sizes `changes`."""
         axis = self.arch.axis(name)
         if axis is None:
             raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}")
-        return int(getattr(self.config, axis.multiple_of)) if axis.multiple_of else 1
+        sizes = {**self.families, **(changes or {})}
+        products = {a: math.prod(sizes[f.strip()] for f in p.split("*")) for a, p in self.arch.config}
+        return products[axis.multiple_of] if axis.multiple_of else 1
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by full name."""

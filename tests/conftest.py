@@ -100,6 +100,9 @@ def tiny_checkpoint(
                 parameter.copy_(noise * (1.4 / parameter[0].numel() ** 0.5))
             else:  # a gain stays around its neutral value (1, or 0 where it is stored as an offset), a bias around 0
                 parameter.add_(noise * 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):  # as after training: neither 0 nor 1
+                buffer.add_(torch.rand(buffer.shape, generator=generator))
     model.to(getattr(torch, dtype))
     tokenizer = tiny_tokenizer() if getattr(made, "vocab_size", 0) else None
     return Checkpoint(Layout.of(made, task, dtype), named_parameters(model), tokenizer)

@@ -135,6 +135,10 @@ VIT_BASE = """{"architectures": ["ViTForImageClassification"], "attention_probs_
  "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "model_type": "vit",
  "num_attention_heads": 12, "num_channels": 3, "num_hidden_layers": 12, "num_labels": 1000, "patch_size": 16,
  "qkv_bias": true}"""
+RESNET_50 = """{"architectures": ["ResNetForImageClassification"], "depths": [3, 4, 6, 3],
+ "downsample_in_first_stage": false, "embedding_size": 64, "hidden_act": "relu",
+ "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck", "model_type": "resnet", "num_channels": 3,
+ "num_labels": 1000, "torch_dtype": "float32", "transformers_version": "4.18.0.dev0"}"""
 
 PUBLISHED = {
     "Llama-3.2-1B": Published("llama", 1_235_814_400, LLAMA_3_2_1B),
@@ -156,6 +160,7 @@ PUBLISHED = {
     "distilbert-sst-2": Published("distilbert", 66_955_010, DISTILBERT_SST2),
     "distilbert-base": Published("distilbert", 66_362_880, DISTILBERT_SST2, "feature-extraction"),
     "ModernBERT-base": Published("modernbert", 149_014_272, MODERNBERT_BASE, "feature-extraction"),
+    "resnet-50": Published("resnet", 25_557_032, RESNET_50),
     "vit-base-patch16-224": Published("vit", 86_567_656, VIT_BASE),
 }
 

@@ -21,7 +21,7 @@ ANY: tuple[Any, ...] = ("<any>",)
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter: its name template, its dimensions, and the config switch that creates it."""
+    """A stored tensor: its name template, its dimensions, and the config switch that creates it."""
 
     name: str
     dims: str
@@ -32,6 +32,8 @@ class Param:
     shared_with: str = ""
     except_in: tuple[int, ...] = ()
     """Blocks that do not have the parameter."""
+    kind: Literal["parameter", "buffer", "counter"] = "parameter"
+    """A buffer is stored and not trained (BatchNorm's running statistics); a counter is an int64 one."""
 
     @property
     def parsed(self) -> tuple[Dim, ...]:
@@ -43,7 +45,7 @@ class Param:
 class Norm:
     """The normalisation an architecture uses everywhere on its stream."""
 
-    kind: Literal["rms", "layer"]
+    kind: Literal["rms", "layer", "batch"]
     eps: str
     """Config attribute that holds epsilon; empty where transformers' code fixes it."""
     gain_offset: float = 0.0
@@ -95,12 +97,14 @@ class Architecture:
     computed: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     """Axis that no equation states → its size (ViT's patches). Such an axis is fixed."""
     blocks: str
-    """Path of the block list, `@layers`."""
+    """Path of the block list, `@layers`; empty where no stream of one width runs through (ResNet)."""
     depth: str
-    """Config attribute that counts the blocks."""
+    """Config attribute that counts the blocks; empty without blocks."""
     embeddings: tuple[str, ...]
     """Modules and bare parameters that write to the stream before the first block."""
     params: tuple[Param, ...]
+    expand: Callable[[Any], tuple[Param, ...]] | None = None
+    """More parameters, where the config lists names or sizes one by one (ResNet's stages)."""
     branches: tuple[Branch, ...]
     norm: Norm
     stream: Literal["pre-norm", "post-norm"]

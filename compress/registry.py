@@ -59,7 +59,15 @@ def _find(name: str, group: Group, kind: str, base: type[T]) -> type[T]:
         raise RecipeError(
             kind, f"{name!r} offered by {owners}", "one package a name", "Uninstall one of them."
         )
-    found, said = _load(points[0], kind), f"{name!r} = {points[0].value}"
+    found, said = _load(points[0]), f"{name!r} = {points[0].value}"
+    if isinstance(found, Exception):
+        what = f"{type(found).__name__}: {found}".splitlines()[0][:200]
+        raise RecipeError(
+            kind,
+            f"{said} that cannot be imported ({what})",
+            "a module that imports",
+            f"Repair or uninstall {_owner(points[0])}.",
+        ) from found
     if not (isinstance(found, type) and issubclass(found, base)):
         raise RecipeError(kind, said, f"a subclass of {base.__module__}.{base.__name__}")
     # Any other dataclass would let options of any type, or any name, through to the pass.
@@ -75,19 +83,12 @@ def _points(group: Group) -> tuple[EntryPoint, ...]:
 
 
 @cache
-def _load(point: EntryPoint, kind: str) -> object:
+def _load(point: EntryPoint) -> object:
+    """The class, or why there is none."""
     try:
         return point.load()
-    except (
-        Exception
-    ) as error:  # foreign code at import may raise anything; the user needs to know whose it is
-        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise RecipeError(
-            kind,
-            f"{point.name!r} = {point.value} that cannot be imported ({what})",
-            "a module that imports",
-            f"Repair or uninstall {_owner(point)}.",
-        ) from error
+    except Exception as error:  # noqa: BLE001 -- foreign code raises anything; the user needs to know whose it is
+        return error
 
 
 def _owner(point: EntryPoint) -> str:

@@ -1,7 +1,7 @@
-"""Steps of a recipe: `use` names a pass or an exporter, `with` holds its options, `gate` what must hold after.
+"""Steps of a recipe: `use` names a pass or an exporter, `with` holds its options, `gate` its limits.
 
 The options are the fields of the named class and become an instance of it, so that a recipe that has been
-read runs without another look at names. Errors inside them keep their path, which leads to a line of the file.
+read runs without another look at names. Errors inside them keep their path, which leads to a line.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Loc = tuple[str | int, ...]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
+MAX_NODES = 10_000
 MAX_DIGITS = 40
 
 NULL = re.compile(r"~|null|Null|NULL|")
@@ -183,7 +184,7 @@ class _Builder:
         self.place = place
         self.document = Document()
         self.stack: list[_Frame] = []
-        self.documents = 0
+        self.documents = self.nodes = 0
 
     def take(self, event: Any) -> None:
         from ruamel.yaml import events
@@ -200,6 +201,10 @@ class _Builder:
                 str(mark), f"an alias *{event.anchor[:20]}", "the value itself", "Write it out."
             )
         elif isinstance(event, events.NodeEvent):
+            self.nodes += 1
+            if self.nodes > MAX_NODES:
+                found = f"more than {MAX_NODES:,} keys and values"
+                raise RecipeError(str(mark), found, "a recipe", "A recipe holds no data.")
             if event.anchor:
                 raise RecipeError(
                     str(mark), f"an anchor &{event.anchor[:20]}", "plain values", "Write the value out twice."

@@ -49,6 +49,10 @@ HOSTILE = {
         b"- " * 120_000,
         f"1:{2 * MAX_DEPTH + 1}: found nesting without end, expected at most {MAX_DEPTH} levels",
     ),
+    "endless list": (
+        b"recipe: 1\nmetrics: [" + b"k," * 100_000 + b"]",
+        "2:20001: found more than 10,000 keys and values, expected a recipe. A recipe holds no data.",
+    ),
     "key twice": (
         b"recipe: 1\nseed: 1\nmodel: x\nseed: 2",
         "4:1: seed: found a second 'seed' (the first is in line 2), expected each key once. Remove one.",

@@ -10,8 +10,10 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 
 from . import trace
+from .core import core
 from .pooling import Pooling
 from .rows import Rows
+from .segments import stitch
 
 
 def build(
@@ -26,6 +28,10 @@ def build(
     pooling = Pooling.of(checkpoint.side_files) if layout.task == "feature-extraction" else None
     model = checkpoint.model(torch.float32)
     model.config.use_cache = False
+    if inputs == "packed":
+        traced = core(model, layout.arch.token_types, layout.depth, opset)
+        stitch(traced, pooling)
+        return traced, facts(checkpoint, traced, pooling, inputs, opset)
     rows = Rows(model, pooling, layout.arch.token_types, inputs == "packed", layout.first_position)
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if layout.arch.token_types else [])]
     outputs = ["logits"] if pooling is None else ["last_hidden_state", "sentence_embedding"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import nn
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+BATCHES = {0: "batch", 1: "sequence"}
 EXTERNAL_ABOVE = 1 << 30
 """Bytes of weights above which they go into a file of their own: protobuf ends at 2 GiB."""
 
@@ -45,8 +46,9 @@ def trace(
     inputs: Sequence[str],
     outputs: Sequence[str],
     opset: int,
+    axes: Mapping[int, str] = BATCHES,
 ) -> ir.Model:
-    """Export `module` with dynamic `[batch, sequence]` inputs.
+    """Export `module` with dynamic inputs, by default `[batch, sequence]`.
 
     Args:
         module: called with `examples` in order.
@@ -54,11 +56,11 @@ def trace(
         inputs: names of the inputs.
         outputs: names of the outputs.
         opset: of the default domain.
+        axes: the dynamic axes of every input.
 
     Returns:
         the model, stripped (see `strip`).
     """
-    axes = {0: "batch", 1: "sequence"}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),

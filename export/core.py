@@ -1,0 +1,85 @@
+"""The model on one row of tokens, with attention left open.
+
+The core is what a model does to `[1, tokens]` ids when all that concerns sequences is somebody else's: positions come
+in as an input, and every attention is one node `tersor::Attention(q, k, v)` that carries only what the layer knows
+(causality, window, scale). segments.py fills these nodes in and puts the unpadding in front. Only one dimension is
+dynamic, so tracing is quick and the graph holds no shape arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from tersor.compress.errors import RecipeError
+
+from . import trace
+from .rows import refuse_unknown
+
+ATTENTION = "tersor_core"
+DOMAIN = "tersor"
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """A placeholder node for q `[1, heads, tokens, d]`, giving `[1, tokens, heads, d]`."""
+    refuse_unknown(rest)
+    attributes: dict[str, Any] = {
+        "causal": int(bool(getattr(module, "is_causal", False))),
+        "window": sliding_window or 0,
+        "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        "heads": query.shape[1],
+        "kv_heads": key.shape[1],
+    }
+    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    mixed = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Attention", [query, key, value], attributes, dtype=query.dtype, shape=shape, version=1
+    )
+    return mixed, None
+
+
+class Core(nn.Module):
+    """A transformers module as a function of ids, positions and token types, each `[1, tokens]`."""
+
+    def __init__(self, model: nn.Module, token_types: bool):
+        from transformers import AttentionInterface
+
+        super().__init__()
+        AttentionInterface.register(ATTENTION, attend)
+        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        self.model, self.token_types = model, token_types
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits `[1, tokens, vocab]` or states `[1, tokens, hidden]`."""
+        extra = {"token_type_ids": token_type_ids} if self.token_types else {}
+        out = self.model(input_ids=input_ids, position_ids=position_ids, **extra)
+        answer: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+        return answer
+
+
+def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Model:
+    """Trace the core; its inputs are `input_ids`, `position_ids` and, if asked, `token_type_ids`.
+
+    Raises:
+        RecipeError: the model has other than one attention a block, so it computes it somewhere we do not see.
+    """
+    names = ["input_ids", "position_ids", *(["token_type_ids"] if token_types else [])]
+    examples = [torch.arange(7)[None] % (2 if n == "token_type_ids" else 7) for n in names]
+    traced = trace.trace(Core(model, token_types), examples, names, ["answer"], opset, axes={1: "tokens"})
+    found = sum(node.domain == DOMAIN for node in traced.graph)
+    if found != depth:
+        raise RecipeError("export: onnx", f"{found} attentions in {depth} blocks", "one in each")
+    return traced

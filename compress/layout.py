@@ -103,6 +103,12 @@ class Layout:
         return int(getattr(self.config, self.arch.positions_after)) + 1 if self.arch.positions_after else 0
 
     @property
+    def longest(self) -> int | None:
+        """Tokens in the longest sequence that the config's positions hold; None where it states none."""
+        stated = getattr(self.config, "max_position_embeddings", None)
+        return None if stated is None else int(stated) - self.first_position
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return int(getattr(self.config, self.arch.depth)) if self.arch.depth else 0

@@ -71,9 +71,11 @@ def sequences(samples: Sequence[np.ndarray], vocab: int, longest: int, seed: int
 
 def reference(checkpoint: Checkpoint, ids: Sequence[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
     """The stock model's main output on each sequence alone: `[n_i, width]` logits or states."""
-    model = checkpoint.model(dtype)
+    model, first = checkpoint.model(dtype), checkpoint.layout.first_position
     with torch.no_grad():
-        outs = (model(input_ids=torch.from_numpy(i)[None]) for i in ids)
+        # A model that derives positions from its padding id would take a drawn id of that value for padding.
+        extra = ({"position_ids": torch.arange(first, first + len(i))[None]} if first else {} for i in ids)
+        outs = (model(input_ids=torch.from_numpy(i)[None], **e) for i, e in zip(ids, extra, strict=True))
         return [(o.logits if hasattr(o, "logits") else o.last_hidden_state)[0].numpy() for o in outs]
 
 

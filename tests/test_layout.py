@@ -87,3 +87,10 @@ def test_sizes_that_two_equations_state_differently_are_refused(tiny):
 
 def test_describe():
     assert describe({"ffn0": 3, "hidden": 4}) == "ffn 3, hidden 4"
+
+
+def test_positions_that_start_late_shorten_the_longest_sequence(tiny):
+    assert (tiny("roberta").layout.first_position, tiny("roberta").layout.longest) == (1, 63)
+    assert tiny("roberta", pad_token_id=3).layout.longest == 60
+    assert (tiny("gpt2").layout.first_position, tiny("gpt2").layout.longest) == (0, 64)
+    assert tiny("vit").layout.longest is None

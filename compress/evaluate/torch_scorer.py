@@ -51,9 +51,7 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 def positions(checkpoint: Checkpoint) -> int | None:
     """The longest sequence that the model has positions for, None if the config sets no limit."""
-    limit: int | None = getattr(checkpoint.config, "max_position_embeddings", None)
-    after = checkpoint.layout.arch.positions_after
-    return limit - getattr(checkpoint.config, after) - 1 if limit and after else limit
+    return checkpoint.layout.longest
 
 
 class TorchScorer:

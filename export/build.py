@@ -74,7 +74,7 @@ def facts(
         "outputs": described(list(model.graph.outputs)),
         "limits": {
             "vocab": layout.sizes["vocab"],
-            "max_length": getattr(layout.config, "max_position_embeddings", None),
+            "max_length": layout.longest,
         },
         "pooling": None if pooling is None else pooling.as_json(),
         "parameters": layout.parameters,

@@ -133,10 +133,7 @@ def read_samples(
         )
     text = "".join(documents)
     cuts = (slice(i * source.length, (i + 1) * source.length) for i in _choose(total, source.samples, seed))
-    return [
-        _window(ids[cut], None if ends is None else text[ends[cut][0] : ends[cut][-1]], tokenizer)
-        for cut in cuts
-    ]
+    return [_window(ids[cut], None if ends is None else text[ends[cut][0] : ends[cut][-1]], tokenizer) for cut in cuts]
 
 
 def overlap(a: Source, b: Source, base: Path | None) -> bool:
@@ -153,7 +150,7 @@ def overlap(a: Source, b: Source, base: Path | None) -> bool:
 def _shares(source: Source, base: Path | None) -> dict[Path, tuple[Fraction, Fraction]]:
     part = source.part(base, "data")
     whole = part.path.is_dir()  # a folder's span has chosen among its files
-    return {file.resolve(): bounds(None if whole else source.span) for file in files(part)}
+    return {file: bounds(None if whole else source.span) for file in files(part)}
 
 
 def _pairs(first: Iterable[Path], second: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
@@ -182,9 +179,7 @@ def _sequences(
     samples = []
     for index in _choose(len(kept), source.samples, seed):
         text = kept[index]
-        encoded = tokenizer(
-            text, truncation=True, max_length=source.length, return_offsets_mapping=tokenizer.is_fast
-        )
+        encoded = tokenizer(text, truncation=True, max_length=source.length, return_offsets_mapping=tokenizer.is_fast)
         if tokenizer.is_fast and len(encoded["input_ids"]) == source.length:
             text = text[: max(end for _, end in encoded["offset_mapping"])]
         samples.append(Sample(np.asarray(encoded["input_ids"], np.int64), len(text.encode()), text))
@@ -197,20 +192,16 @@ def _window(ids: np.ndarray, text: str | None, tokenizer: PreTrainedTokenizerBas
     return Sample(ids.copy(), len(text.encode()), text)
 
 
-def _stream(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray | None]:
     """All documents' ids, and where each token ends in their joined text (None: the tokenizer cannot say)."""
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     ids, ends, start = [], [], 0
     for document in documents:
-        encoded = tokenizer(
-            document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False
-        )
+        encoded = tokenizer(document, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
         ids.append(np.array([*bos, *encoded["input_ids"]], np.int64))
         if tokenizer.is_fast:
             end = np.array([end for _, end in encoded["offset_mapping"]], np.int64)
-            end = np.maximum.accumulate(end)  # a character split over tokens is the first one's
+            end = np.maximum.accumulate(end)  # a token that stands for nothing may say (0, 0)
             end[-1:] = len(document)  # what is dropped behind the last token is the last token's
             ends.append(np.concatenate([np.zeros(len(bos), np.int64), end]) + start)
         start += len(document)

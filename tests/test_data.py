@@ -75,9 +75,7 @@ def word_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
 
 
-def read(
-    path: Path, tokenizer: Any, *, windows: bool = True, seed: int | None = None, **options: Any
-) -> list[Any]:
+def read(path: Path, tokenizer: Any, *, windows: bool = True, seed: int | None = None, **options: Any) -> list[Any]:
     source = Source(str(path), **options)
     return read_samples(source, tokenizer, windows=windows, seed=seed, base=None, place="data.heldout")
 
@@ -98,9 +96,7 @@ def test_records_are_documents_each_after_a_bos(records: Path, byte_tokenizer: A
     assert starts.tolist() == np.cumsum([0] + [len(line) + 1 for line in LINES[:-1]]).tolist()
 
 
-def test_a_folder_is_its_files_by_path_without_hidden_and_binary_ones(
-    folder: Path, byte_tokenizer: Any
-) -> None:
+def test_a_folder_is_its_files_by_path_without_hidden_and_binary_ones(folder: Path, byte_tokenizer: Any) -> None:
     ids = np.concatenate([s.ids for s in read(folder, byte_tokenizer, length=2)])
     assert byte_tokenizer.decode(ids) == "<s>alpha<s>beta<s>gamma<s>delt"  # 23 tokens, windows of 2
 
@@ -127,15 +123,11 @@ def test_a_window_of_the_whole_text_has_all_its_bytes(tmp_path: Path, byte_token
     assert (sample.text, sample.bytes) == (content, len(content.encode()))
 
 
-def test_white_space_belongs_to_the_token_behind_it_and_the_rest_to_the_last(
-    text: Path, word_tokenizer: Any
-) -> None:
+def test_white_space_belongs_to_the_token_behind_it_and_the_rest_to_the_last(text: Path, word_tokenizer: Any) -> None:
     whole = text.read_text("utf-8")
     count = len(word_tokenizer(whole, add_special_tokens=False)["input_ids"])
     (sample,) = read(text, word_tokenizer, length=count)
-    assert (
-        sample.text == whole[len("line") :]
-    )  # all but the first token's, white space and trailing newline included
+    assert sample.text == whole[len("line") :]  # all but the first token's, white space and trailing newline included
     assert sample.bytes == len(whole) - len("line")
 
 
@@ -151,14 +143,27 @@ def test_a_slow_tokenizer_counts_the_decoded_text(text: Path, byte_tokenizer: An
             return byte_tokenizer(text, **options)
 
     slow, fast = (read(text, t, length=32, samples=9) for t in (Slow(), byte_tokenizer))
-    assert [(s.text, s.bytes, s.ids.tolist()) for s in slow] == [
-        (s.text, s.bytes, s.ids.tolist()) for s in fast
-    ]
+    assert [(s.text, s.bytes, s.ids.tolist()) for s in slow] == [(s.text, s.bytes, s.ids.tolist()) for s in fast]
 
 
-def test_encoders_get_one_sequence_a_line_with_special_tokens(
-    text: Path, records: Path, word_tokenizer: Any
-) -> None:
+def test_a_token_that_stands_for_nothing_has_no_bytes(text: Path, byte_tokenizer: Any) -> None:
+    class Marking:
+        """The same tokenizer with every tenth token's offsets said to be (0, 0)."""
+
+        is_fast, bos_token_id = True, 0
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            encoded = dict(byte_tokenizer(text, **options))
+            encoded["offset_mapping"] = [
+                (0, 0) if i % 10 == 9 else at for i, at in enumerate(encoded["offset_mapping"])
+            ]
+            return encoded
+
+    samples = read(text, Marking(), length=10, samples=10_000)
+    assert {s.bytes for s in samples} <= {9, 10}
+
+
+def test_encoders_get_one_sequence_a_line_with_special_tokens(text: Path, records: Path, word_tokenizer: Any) -> None:
     lines = read(text, word_tokenizer, windows=False, samples=100)
     assert [s.text for s in lines] == LINES
     assert all(s.ids[0] == 1 and s.ids[-1] == 2 for s in lines)
@@ -198,9 +203,7 @@ def test_fewer_than_asked_is_all_there_is(text: Path, word_tokenizer: Any) -> No
 @pytest.mark.parametrize("kind", ["text", "records"])
 def test_spans_that_touch_share_no_line(kind: str, request: Any, word_tokenizer: Any) -> None:
     path = request.getfixturevalue(kind)
-    low, high = (
-        read(path, word_tokenizer, windows=False, span=span, samples=99) for span in ("0%-33%", "33%-100%")
-    )
+    low, high = (read(path, word_tokenizer, windows=False, span=span, samples=99) for span in ("0%-33%", "33%-100%"))
     assert [s.text for s in low + high] == LINES
     assert len(low) == int(40 * 0.33)
 
@@ -226,9 +229,7 @@ def test_overlap_of_spans(text: Path, one: str | None, other: str | None, shared
     assert overlap(b, a, None) is shared
 
 
-def test_overlap_sees_through_links_relative_paths_and_folders(
-    text: Path, folder: Path, records: Path
-) -> None:
+def test_overlap_sees_through_links_relative_paths_and_folders(text: Path, folder: Path, records: Path) -> None:
     link = text.with_name("link.txt")
     link.symlink_to(text)
     assert overlap(Source(str(text)), Source("link.txt"), text.parent)
@@ -338,9 +339,7 @@ def test_a_stream_that_would_fill_the_memory_is_refused(
     text: Path, byte_tokenizer: Any, word_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_module, "MOST_TEXT", 500)
-    with pytest.raises(
-        PreflightError, match=r"all are tokenised\. Take a share of them with data\.heldout\.span"
-    ):
+    with pytest.raises(PreflightError, match=r"all are tokenised\. Take a share of them with data\.heldout\.span"):
         read(text, byte_tokenizer)
     assert read(text, byte_tokenizer, length=8, span="0%-30%")
     assert read(text, word_tokenizer, windows=False)

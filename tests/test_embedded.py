@@ -7,7 +7,6 @@ import importlib.resources
 import json
 import platform
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,9 +49,9 @@ def quickstart() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def decoder(quickstart: Recipe) -> Iterator[Checkpoint]:
+def decoder(quickstart: Recipe) -> Checkpoint:
     assert quickstart.model is not None
-    yield Checkpoint.load(locate(quickstart.model, offline=True))
+    return Checkpoint.load(locate(quickstart.model, offline=True))
 
 
 @pytest.mark.parametrize("name", DIGESTS)

@@ -29,7 +29,7 @@ def build(
     model = checkpoint.model(torch.float32)
     model.config.use_cache = False
     if inputs == "packed":
-        traced = core(model, layout.arch.token_types, layout.depth, opset)
+        traced = core(model, layout.arch.token_types, layout.depth, opset, layout.first_position)
         stitch(traced, pooling)
         return traced, facts(checkpoint, traced, pooling, inputs, opset)
     rows = Rows(model, pooling, layout.arch.token_types, inputs == "packed", layout.first_position)

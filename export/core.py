@@ -50,27 +50,28 @@ def attend(
 
 
 class Core(nn.Module):
-    """A transformers module as a function of ids, positions and token types, each `[1, tokens]`."""
+    """A transformers module as a function of ids, positions (from 0) and token types, each `[1, tokens]`."""
 
-    def __init__(self, model: nn.Module, token_types: bool):
+    def __init__(self, model: nn.Module, token_types: bool, first_position: int = 0):
         from transformers import AttentionInterface
 
         super().__init__()
         AttentionInterface.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        self.model, self.token_types = model, token_types
+        self.model, self.token_types, self.first_position = model, token_types, first_position
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits `[1, tokens, vocab]` or states `[1, tokens, hidden]`."""
         extra = {"token_type_ids": token_type_ids} if self.token_types else {}
-        out = self.model(input_ids=input_ids, position_ids=position_ids, **extra)
+        places = position_ids + self.first_position if self.first_position else position_ids
+        out = self.model(input_ids=input_ids, position_ids=places, **extra)
         answer: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
         return answer
 
 
-def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Model:
+def core(model: nn.Module, token_types: bool, depth: int, opset: int, first_position: int = 0) -> ir.Model:
     """Trace the core; its inputs are `input_ids`, `position_ids` and, if asked, `token_type_ids`.
 
     Raises:
@@ -78,7 +79,8 @@ def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Mode
     """
     names = ["input_ids", "position_ids", *(["token_type_ids"] if token_types else [])]
     examples = [torch.arange(7)[None] % (2 if n == "token_type_ids" else 7) for n in names]
-    traced = trace.trace(Core(model, token_types), examples, names, ["answer"], opset, axes={1: "tokens"})
+    module = Core(model, token_types, first_position)
+    traced = trace.trace(module, examples, names, ["answer"], opset, axes={1: "tokens"})
     found = sum(node.domain == DOMAIN for node in traced.graph)
     if found != depth:
         raise RecipeError("export: onnx", f"{found} attentions in {depth} blocks", "one in each")

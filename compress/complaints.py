@@ -74,10 +74,8 @@ def translate(
     told = [
         fault
         for fault in faults.values()
-        # What is missing because it is misspelt or misplaced is one fault, not two, and what stands in
-        # something that is wrong altogether is not told beside it.
+        # What is missing because it is misspelt or misplaced is one fault, not two.
         if not (fault.kind == "missing" and _meant(fault.loc, unknown))
-        and not any((fault.loc[:n], "value") in faults for n in range(len(fault.loc)))
     ]
     told.sort(key=lambda fault: fault.mark.order)
     said = [_say(fault, document.value, schema_at) for fault in told[:MOST]]
@@ -162,9 +160,7 @@ def _say(fault: _Fault, tree: Any, schema_at: Callable[[Loc, Any], Schema]) -> R
     context = detail.get("ctx", {})
     if fault.kind == "unknown":
         key, known = str(loc[-1]), keys(schema_at(loc[:-1], tree))
-        return RecipeError(
-            place, f"an unknown key {shown(key)}", one_of(known) or "no key", _home(key, known)
-        )
+        return RecipeError(place, f"an unknown key {shown(key)}", one_of(known) or "no key", _home(key, known))
     if detail["type"] == "recipe":
         return RecipeError(place, context["found"], context["expected"], context["remedy"])
     if detail["type"] in {"value_error", "assertion_error"}:

@@ -35,6 +35,7 @@ ATTENTION = "tersor_rows"
 IGNORED = (
     "dropout",
     "position_ids",
+    "deterministic",
     "use_cache",
     "is_causal",
     "output_attentions",

@@ -1,30 +1,53 @@
-"""One orthogonal basis for the whole residual stream, ordered by how much of the normalised stream it has.
+"""One orthogonal basis for the whole residual stream, ordered by what the loss would miss.
 
-Eigenvectors of the sum, over every norm input, of the uncentred second moments of *unit-RMS* tokens: what
-the norms hand on is the direction of a token, so a token with a large norm counts no more than a small one.
+S, the sum over every norm input of the uncentred second moments of *unit-RMS* tokens, says where the
+normalised stream
+lies: what the norms hand on is the direction of a token, so a token with a large norm counts no more than a
+small one. A, the same sum over the loss' gradients with respect to those directions, says what the loss
+feels. The k directions that lose least, when the rest is predicted from them by least squares, span A^½ V, V
+the first eigenvectors of A^½ S A^½; with A = I that is PCA. The gradients are those of the negative
+log-likelihood of outputs drawn from the model itself (the true Fisher information, no labels), or of a random
+projection of the embedding.
+
 One basis instead of SliceGPT's two a block leaves no shortcut matrices behind, so the result is a stock
-config. Moments and eigenvectors in float64: the small eigenvalues are differences of large sums.
+config. Measured on stories260K (untied, k = 48 of 64, with least squares): perplexity 15.9 by PCA, 14.7 so.
+Float64: small eigenvalues are differences of large sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from .errors import PreflightError
+from .batches import Batch, finite
 from .fuse import norms
 from .layout import Layout
-from .walk import Walk, captured
+from .loss import pooled
+from .obs import root
+from .walk import captured
+
+FLOOR = 0.1
+"""Share of the mean sensitivity that every direction has at least: the gradients are a sample."""
+
+RANK = 1e-9
+"""Share of the largest moment below which the stream does not hold a direction. A stream that spans no more than k
+directions is kept whole, whatever the loss feels of them: so a planted low rank is recovered exactly."""
 
 
-def unit_moments(tokens: torch.Tensor) -> torch.Tensor:
-    """Σ x xᵀ / mean(x²) over tokens `[n, d]`; float64 `[d, d]`."""
-    x = tokens.double()
-    x = x / x.pow(2).mean(-1, keepdim=True).add(1e-12).sqrt()
-    return x.T @ x
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the stream holds and what the loss feels.
+
+    Attributes:
+        moments: S, float64 `[d, d]`.
+        metrics: A at each norm's input, float64 `[d, d]`, by the norm's name.
+    """
+
+    moments: torch.Tensor
+    metrics: dict[str, torch.Tensor]
 
 
 def principal(moments: torch.Tensor) -> torch.Tensor:
@@ -34,73 +57,86 @@ def principal(moments: torch.Tensor) -> torch.Tensor:
     return vectors * largest.sign()
 
 
-class Batch:
-    """Sequences of one forward.
+def floored(metric: torch.Tensor) -> torch.Tensor:
+    """The metric scaled to a mean diagonal of one, no direction of it below `FLOOR`."""
+    scale = float(metric.diagonal().mean())
+    identity = torch.eye(len(metric), dtype=torch.float64)
+    return metric / scale + FLOOR * identity if scale > 0 else identity
 
-    Attributes:
-        inputs: keyword arguments of the model.
-        real: bool `[batch, length]`, False where padded; None if nothing is.
+
+def weighted_basis(moments: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
+    """Float64 `[d, d]`, orthonormal columns whose first k span the best subspace of k dimensions, for every k.
+
+    Args:
+        moments: S.
+        metric: A; the identity if None.
     """
-
-    def __init__(self, sequences: Sequence[np.ndarray]):
-        lengths = torch.tensor([len(s) for s in sequences])
-        width = int(lengths.max())
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
-        real = torch.arange(width)[None] < lengths[:, None]
-        self.inputs: dict[str, torch.Tensor] = {"input_ids": ids}
-        self.real = None if bool(real.all()) else real
-        if self.real is not None:
-            self.inputs["attention_mask"] = real.long()
-
-    def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[batch, length, n]` → `[tokens, n]` without padding."""
-        return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
+    if metric is None:
+        return principal(moments)
+    values, axes = torch.linalg.eigh(moments)
+    held = values > RANK * values[-1]
+    inside, outside = axes[:, held], axes[:, ~held]
+    half = root(floored(inside.T @ metric @ inside))
+    chosen = half @ principal(half @ (inside.T @ moments @ inside) @ half)
+    # QR keeps nested spans: its first k columns span the first k of `chosen`.
+    return torch.cat([inside @ torch.linalg.qr(chosen)[0], outside], dim=1)
 
 
-def batches(sequences: Sequence[np.ndarray], tokens: int = 4096) -> list[Batch]:
-    """Sequences in batches of about `tokens` tokens, alike in length."""
-    ordered = sorted(sequences, key=len)
-    groups: list[list[np.ndarray]] = [[]]
-    for sequence in ordered:
-        if groups[-1] and (len(groups[-1]) + 1) * len(sequence) > tokens:
-            groups.append([])
-        groups[-1].append(sequence)
-    return [Batch(group) for group in groups if group]
+def draw_loss(output: Any, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """A scalar whose gradient has the model's Fisher information as second moment (see the module's text)."""
+    if getattr(output, "logits", None) is not None:
+        logits = output.logits if output.logits.ndim < 3 else batch.tokens(output.logits)
+        logs = logits.float().log_softmax(-1).reshape(-1, logits.shape[-1])
+        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        return -logs.gather(1, drawn).sum()
+    embedding = pooled(output, batch)
+    return (embedding * torch.randn(embedding.shape, generator=generator)).sum()
 
 
-def finite(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The tensor, or a refusal that names the layer.
-
-    Raises:
-        PreflightError: a value is NaN or infinite.
-    """
-    if not bool(torch.isfinite(tensor).all()):
-        raise PreflightError(
-            where, "activations that are NaN or infinite", "finite ones", "The source model overflows here."
-        )
-    return tensor
-
-
-@torch.no_grad()
-def stream_basis(model: Any, layout: Layout, data: Iterable[Batch]) -> torch.Tensor:
-    """The global basis of a model on calibration data.
+def sensitivity(
+    model: Any, layout: Layout, data: Iterable[Batch], seed: int = 0, gradients: bool = True
+) -> Sensitivity:
+    """Moments and metrics of a model on calibration data.
 
     Args:
         model: a module with the layout's names, float32, fused or not (gains act behind the stream).
         layout: its layout.
         data: batches.
-
-    Returns:
-        float64 `[d, d]`, orthonormal columns, most important first.
+        seed: of the outputs drawn.
+        gradients: also measure the metrics, one backward a batch.
     """
-    total = torch.zeros(layout.families["hidden"], layout.families["hidden"], dtype=torch.float64)
-    points = norms(layout)
-    walk = Walk(model, layout)
+    d, points = layout.families["hidden"], norms(layout)
+    centre = layout.arch.norm.kind == "layer"
+    moments = torch.zeros(d, d, dtype=torch.float64)
+    metrics = {point: torch.zeros(d, d, dtype=torch.float64) for point in points if gradients}
+    generator = torch.Generator().manual_seed(seed)
     for batch in data:
-        with captured(walk.model, inputs=points) as seen:
-            model(**batch.inputs, use_cache=False)
-        for point in points:
-            total += unit_moments(batch.tokens(finite(seen[point], point)))
-    return principal(total)
+        with captured(model, inputs=points) as seen, torch.set_grad_enabled(gradients), differentiable(model):
+            output = model(**batch.inputs)
+            streams = [finite(seen.inputs[point], point) for point in points]
+            slopes = torch.autograd.grad(draw_loss(output, batch, generator), streams) if gradients else ()
+        for number, point in enumerate(points):
+            x = batch.tokens(streams[number].detach()).double()
+            x = x - x.mean(-1, keepdim=True) if centre else x
+            size = x.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
+            moments += (x / size).T @ (x / size)
+            if gradients:
+                slope = batch.tokens(slopes[number]).double() * size
+                metrics[point] += slope.T @ slope
+    return Sensitivity(moments, metrics)
+
+
+class differentiable:  # noqa: N801  (used as a word: `with differentiable(model)`)
+    """Let gradients reach the stream of a model whose parameters need none."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __enter__(self) -> None:
+        def hook(_module: Any, _args: Any, output: Any) -> Any:
+            return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+
+        self.hook = self.model.get_input_embeddings().register_forward_hook(hook)
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()

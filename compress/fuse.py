@@ -18,7 +18,6 @@ All functions are pure, take tensors by name and work in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
@@ -29,37 +28,31 @@ from .layout import Layout
 Tensors = Mapping[str, torch.Tensor]
 
 
+def obstacle(layout: Layout) -> str:
+    """Why the stream has no free rotation that a stock config could hold; empty if it has one."""
+    arch = layout.arch
+    if arch.stream != "pre-norm":
+        return f"a {arch.stream} stream: its norms stand behind the additions"
+    if arch.axis("hidden") is None:
+        return "a config that ties hidden to other sizes"
+    behind = next((b.post_norm for b in arch.branches if b.post_norm), "")
+    if behind:
+        return f"the norm {behind}, which acts on what is added to the stream"
+    if not readers(layout, layout.full(arch.final_norm)):
+        return f"the task {layout.task}, whose output is the stream itself"
+    return ""
+
+
 def rotatable(layout: Layout) -> None:
     """Refuse a layout whose stream has no free rotation that a stock config could hold.
 
     Raises:
         RecipeError: names what stands in the way.
     """
-    arch, place = layout.arch, "slice: on hidden"
-    if arch.stream != "pre-norm":
-        raise RecipeError(
-            place,
-            f"{arch.model_type}, a {arch.stream} stream (its norms stand behind the additions)",
-            "a pre-norm model",
-            "Use on: [ffn].",
-        )
-    if arch.axis("hidden") is None:
-        raise RecipeError(
-            place,
-            f"{arch.model_type}, whose config ties hidden to other sizes",
-            "a hidden size that can change alone",
-        )
-    if arch.norm.kind != "rms":
-        raise RecipeError(
-            place, f"{arch.model_type}, a LayerNorm model", "an RMSNorm model", "Use on: [ffn]."
-        )
-    if not readers(layout, layout.full(arch.final_norm)):
-        raise RecipeError(
-            place,
-            f"the task {layout.task}, whose output is the stream itself",
-            "a task with a head",
-            "Use on: [ffn].",
-        )
+    found = obstacle(layout)
+    if found:
+        place = f"slice on hidden: {layout.arch.model_type}"
+        raise RecipeError(place, found, "a stream that may be rotated", "Use on: [ffn].")
 
 
 def norms(layout: Layout) -> list[str]:
@@ -95,23 +88,52 @@ def along(tensor: torch.Tensor, layout: Layout, name: str, axis: str) -> tuple[t
     return tensor.double().movedim(number, -1), number
 
 
+def tied_heads(layout: Layout) -> list[str]:
+    """Head modules that read the final norm and share their weight with the embedding."""
+    if not layout.arch.final_norm:
+        return []
+    found = readers(layout, layout.full(layout.arch.final_norm))
+    return [module for module in found if layout.tensors[f"{module}.weight"].shared_with]
+
+
+def stays_tied(layout: Layout) -> bool:
+    """Whether a head can stay tied through a rotation: see `tie`. A LayerNorm's bias leaves it no room."""
+    return bool(tied_heads(layout)) and layout.arch.norm.kind == "rms"
+
+
+def embeddings(layout: Layout) -> list[str]:
+    """Parameters that write to the stream before the first block."""
+    names = [layout.full(name) for name in layout.arch.embeddings]
+    return [name if name in layout.tensors else f"{name}.weight" for name in names]
+
+
+def centred(tensor: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
+    """The parameter with its mean along `hidden` removed; float64."""
+    values, number = along(tensor, layout, name, "hidden")
+    return (values - values.mean(-1, keepdim=True)).movedim(-1, number)
+
+
 def fuse(layout: Layout, tensors: Tensors) -> tuple[Layout, dict[str, torch.Tensor]]:
-    """Multiply every norm's gain and bias into its consumers. A tied head is untied.
+    """Multiply every norm's gain and bias into its consumers, and a LayerNorm's centring into the producers.
+
+    A tied head that cannot stay tied is untied; in front of one that can, the final norm keeps its gain.
 
     Args:
         layout: a pre-norm layout.
         tensors: all parameters by name, any dtype; not changed.
 
     Returns:
-        the layout (untied) and its tensors; those that changed are float64.
+        the layout and its tensors; those that changed are float32, computed in float64.
 
     Raises:
         RecipeError: a norm's bias meets a consumer that can hold none.
     """
     fused = dict(tensors)
-    offset = layout.arch.norm.gain_offset
+    norm_, kept = layout.arch.norm, tied_heads(layout) if stays_tied(layout) else []
     for norm in norms(layout):
-        gain = tensors[f"{norm}.weight"].double() + offset
+        if any(module in kept for module in readers(layout, norm)):
+            continue
+        gain = tensors[f"{norm}.weight"].double() + norm_.gain_offset
         bias = tensors.get(f"{norm}.bias")
         for module in readers(layout, norm):
             name = f"{module}.weight"
@@ -119,32 +141,47 @@ def fuse(layout: Layout, tensors: Tensors) -> tuple[Layout, dict[str, torch.Tens
             if bias is not None and bool(bias.any()):
                 if f"{module}.bias" not in tensors:
                     raise RecipeError(module, "no bias to hold its norm's", "a Linear with a bias")
-                fused[f"{module}.bias"] = tensors[f"{module}.bias"].double() + weight @ bias.double()
-            fused[name] = (weight * gain).movedim(-1, number)
-        fused[f"{norm}.weight"] = torch.full_like(gain, 1 - offset)
+                fused[f"{module}.bias"] = (tensors[f"{module}.bias"].double() + weight @ bias.double()).float()
+            fused[name] = (weight * gain).movedim(-1, number).float()
+        fused[f"{norm}.weight"] = torch.full_like(gain, 1 - norm_.gain_offset).float()
         if bias is not None:
-            fused[f"{norm}.bias"] = torch.zeros_like(gain)
-    return layout.resized({}, untie=True), fused
+            fused[f"{norm}.bias"] = torch.zeros_like(gain).float()
+    after = layout if kept else layout.resized({}, untie=True)
+    if norm_.kind == "layer":
+        for name in producers(after):
+            fused[name] = centred(fused[name], after, name).float()
+    return after, fused
 
 
-def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor) -> tuple[Layout, dict[str, torch.Tensor]]:
-    """Move a fused model's stream into `basis` and state it as a stock config of hidden size k.
+def producers(layout: Layout) -> list[str]:
+    """Parameters whose values end up in the stream: embeddings, what writes to it, and their biases."""
+    writers = [branch.writes for block in range(layout.depth) for branch in layout.branches(block)]
+    found = [*embeddings(layout), *(f"{w}.{part}" for w in writers for part in ("weight", "bias"))]
+    return [name for name in found if name in layout.tensors]
+
+
+def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout) -> dict[str, torch.Tensor]:
+    """Move a fused model's stream into `basis`, as a stock config of hidden size k holds it.
 
     Args:
         layout: that of `fused`.
-        fused: what `fuse` returned.
-        basis: float64 `[d, k]`, orthonormal columns.
+        fused: what `fuse` returned; other axes than hidden may have been shrunk since.
+        basis: float64 `[d, k]`, from `cut`.
+        narrow: the layout to arrive at, from `restate`.
 
     Returns:
-        the layout of hidden size k and its tensors, float64 where they touch the stream.
+        tensors by name; those that touch the stream are new, float32.
     """
     d, k = basis.shape
-    narrow = restate(layout, {"hidden": k})
+    kept = tied_heads(layout)
     gains = {f"{norm}.{part}" for norm in norms(layout) for part in ("weight", "bias")}
-    reads = {f"{module}.weight" for module in consumers(layout)}
-    embeddings = {f"{layout.full(name)}.weight" for name in layout.arch.embeddings}
+    reads = {f"{module}.weight" for module in consumers(layout) if module not in kept}
+    correction = embedding_correction(layout, narrow)
     rotated: dict[str, torch.Tensor] = {}
+    written = embeddings(layout)
     for name, tensor in fused.items():
+        if narrow.tensors[name].shared_with:
+            continue
         if name in gains:
             rotated[name] = tensor[:k].clone()  # all entries of a fused norm are the same
             continue
@@ -152,25 +189,64 @@ def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor) -> tuple[Layout,
         moved = project(tensor, dims, "hidden", basis) if any(dim.has("hidden") for dim in dims) else tensor
         if name in reads:
             moved = moved * (d / k) ** 0.5
-        elif name in embeddings:
-            moved = moved * embedding_correction(layout, narrow)
-        rotated[name] = moved
-    return narrow, rotated
+        elif name in written:
+            moved = moved * correction
+        rotated[name] = moved.float()
+    if kept:
+        name, offset = f"{layout.full(layout.arch.final_norm)}.weight", layout.arch.norm.gain_offset
+        gain = (basis * (fused[name].double() + offset)[:, None] * basis).sum(0) * (d / k) ** 0.5 / correction
+        rotated[name] = (gain - offset).float()
+    for name, shape in narrow.tensors.items():
+        if shape.shared_with:
+            rotated[name] = rotated[shape.shared_with]
+    return rotated
+
+
+def cut(layout: Layout, fused: Tensors, basis: torch.Tensor, k: int) -> torch.Tensor:
+    """The first directions of a basis as coordinates of a stream of width k that a stock config can hold.
+
+    A tied head multiplies the embedding E by Qᵀ diag(g) Q, where only a diagonal can be stored: so Q is
+    turned, inside the space it spans, to the eigenvectors of that matrix, which makes it diagonal. With k = d
+    this is exact. A LayerNorm removes the mean of its k values: so k − 1 directions are embedded in k values
+    of mean zero.
+
+    Args:
+        layout: that of `fused`.
+        fused: what `fuse` returned.
+        basis: float64 `[d, d]`, orthonormal columns, most important first.
+        k: the new hidden size.
+
+    Returns:
+        float64 `[d, k]`.
+    """
+    if layout.arch.norm.kind == "layer":
+        return basis[:, : k - 1] @ zero_sum(k).T
+    if not tied_heads(layout):
+        return basis[:, :k]
+    gain = fused[f"{layout.full(layout.arch.final_norm)}.weight"].double() + layout.arch.norm.gain_offset
+    chosen = basis[:, :k]
+    return chosen @ torch.linalg.eigh(chosen.T @ (gain[:, None] * chosen))[1]
+
+
+def zero_sum(k: int) -> torch.Tensor:
+    """float64 `[k, k - 1]`, orthonormal columns that each sum to zero (Helmert's)."""
+    columns = torch.ones(k, k, dtype=torch.float64).triu(1) - torch.arange(k, dtype=torch.float64).diag()
+    return (columns / columns.norm(dim=0).clamp_min(1e-300))[:, 1:]
 
 
 def embedding_correction(before: Layout, after: Layout) -> float:
     """Factor on the embeddings that undoes a change in the scale that the forward derives from hidden_size."""
-    scale: Any = getattr(before.arch, "embedding_scale", None)
-    if not scale:
+    if not before.arch.embedding_scale:
         return 1.0
     return (before.families["hidden"] / after.families["hidden"]) ** 0.5
 
 
 def restate(layout: Layout, changes: Mapping[str, int]) -> Layout:
-    """The untied layout after `changes`, with the epsilon that belongs to its hidden size."""
-    after = layout.resized(changes, untie="hidden" in changes)
-    eps = layout.arch.norm.eps
-    ratio = layout.families["hidden"] / after.families["hidden"]
-    if eps:
+    """The layout after `changes`, with the epsilon of its hidden size; untied where a head cannot stay tied."""
+    rotates = "hidden" in changes
+    after = layout.resized(changes, untie=rotates and not stays_tied(layout))
+    if rotates:
+        eps = layout.arch.norm.eps
+        ratio = layout.families["hidden"] / after.families["hidden"]
         setattr(after.config, eps, getattr(layout.config, eps) * ratio)
     return after

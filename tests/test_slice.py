@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tersor.compress import basis as basis_module
+from tersor.compress.batches import batches
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.fuse import fuse, norms, restate, rotate
@@ -66,11 +66,9 @@ def test_a_full_rotation_changes_nothing(tiny, model_type):
     q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     ids = ids_of(dense)
     layout, fused = fuse(dense.layout, dense.tensors)
-    rotated = Checkpoint(*rotate(layout, fused, q))
+    rotated = Checkpoint(layout, rotate(layout, fused, q, layout))
     assert (logits(rotated, ids) - logits(dense, ids)).abs().max() < 1e-4
-    unfused = Checkpoint(
-        *rotate(layout.resized({}, untie=True), dict(dense.tensors), q)
-    )  # twin: not fused first
+    unfused = Checkpoint(layout, rotate(layout, dict(dense.tensors), q, layout))  # twin: not fused first
     assert (logits(unfused, ids) - logits(dense, ids)).abs().max() > 1e-2
 
 
@@ -106,18 +104,18 @@ def test_a_planted_low_rank_stream_is_recovered_exactly(tiny, model_type):
     ids = ids_of(dense)
     before = logits(dense, ids)
     remove = 1 - restate(dense.layout, {"hidden": k}).parameters / dense.layout.parameters - 1e-6
-    found = sliced(dense, remove=remove)
+    found = sliced(dense, remove=remove, on=["hidden"])
     assert found["sizes"]["hidden"] == k
     assert (logits(dense, ids) - before).abs().max() < 1e-4 * max(1.0, float(before.abs().max()))
     before = logits(whole, ids)  # twin: a full-rank stream is not recovered
-    sliced(whole, remove=remove)
+    sliced(whole, remove=remove, on=["hidden"])
     assert (logits(whole, ids) - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_stock_transformers_reloads_equal_logits_in_a_fresh_process(tiny, tmp_path, tied):
     checkpoint = tiny("llama", tie_word_embeddings=tied)
-    sliced(checkpoint, remove=0.2)
+    sliced(checkpoint, remove=0.2, on=["hidden"])
     checkpoint.save(tmp_path / "model")
     ids = ids_of(checkpoint)
     save_file({"logits": logits(checkpoint, ids), "ids": ids}, tmp_path / "expected.safetensors")
@@ -149,7 +147,7 @@ def test_stock_transformers_reloads_equal_logits_in_a_fresh_process(tiny, tmp_pa
 
 def test_bfloat16_stays_bfloat16(tiny):
     checkpoint = tiny("llama", dtype="bfloat16")
-    sliced(checkpoint, remove=0.2)
+    sliced(checkpoint, remove=0.2, on=["hidden"])
     assert {t.dtype for t in checkpoint.tensors.values()} == {torch.bfloat16}
 
 
@@ -158,8 +156,8 @@ def test_bfloat16_stays_bfloat16(tiny):
 def test_the_delivered_share_is_the_next_grid_point(tiny, tied, remove):
     checkpoint = tiny("llama", tie_word_embeddings=tied)
     before = checkpoint.layout
-    forecast = Slice(remove=remove).requires(before)
-    details = sliced(checkpoint, remove=remove)
+    forecast = Slice(remove=remove, on=["hidden"]).requires(before)
+    details = sliced(checkpoint, remove=remove, on=["hidden"])
     real = sum(t.numel() for t in {id(t): t for t in checkpoint.tensors.values()}.values())
     assert real == checkpoint.layout.parameters == forecast.layout.parameters
     assert details["delivered"] == 1 - real / before.parameters >= remove
@@ -171,7 +169,7 @@ def test_the_delivered_share_is_the_next_grid_point(tiny, tied, remove):
 def test_two_runs_give_the_same_bytes_and_another_calibration_other_bytes(tiny):
     runs = [tiny("llama") for _ in range(3)]
     for checkpoint, seed in zip(runs, (0, 0, 1), strict=True):
-        sliced(checkpoint, seed=seed, remove=0.3)
+        sliced(checkpoint, seed=seed, remove=0.3, on=["hidden"])
     first, again, other = (c.tensors for c in runs)
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not all(torch.equal(first[n], other[n]) for n in first)
@@ -180,9 +178,9 @@ def test_two_runs_give_the_same_bytes_and_another_calibration_other_bytes(tiny):
 @pytest.mark.parametrize(
     ("model_type", "task", "options", "said"),
     [
-        ("bert", "feature-extraction", {"remove": 0.2}, "post-norm"),
-        ("llama", "feature-extraction", {"remove": 0.2}, "stream itself"),
-        ("llama", "text-generation", {"remove": 0.99}, "at most"),
+        ("bert", "feature-extraction", {"remove": 0.2, "on": ["hidden"]}, "post-norm"),
+        ("llama", "feature-extraction", {"remove": 0.2, "on": ["hidden"]}, "stream itself"),
+        ("llama", "text-generation", {"remove": 0.99, "on": ["hidden"]}, "No sizes"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_by_name(tiny, model_type, task, options, said):
@@ -203,9 +201,9 @@ def test_options_are_strict():
             Slice(**wrong)
 
 
-def test_padding_is_not_counted():
+def test_padding_is_not_counted(tiny):
     short, long = windows(1, 5)[0], windows(1, 9, seed=3)[0]
-    (batch,) = basis_module.batches([long, short], tokens=100)
+    (batch,) = batches([long, short], tiny("llama").layout, tokens=100)
     hidden = torch.arange(2 * 9 * 4, dtype=torch.float32).reshape(2, 9, 4)
     assert batch.tokens(hidden).shape == (14, 4)
 
@@ -215,4 +213,4 @@ def test_activations_that_overflow_name_their_layer(tiny):
     name = checkpoint.layout.full("@layers.{i}.mlp.up_proj.weight", 1)
     checkpoint.tensors[name] = checkpoint.tensors[name] * 1e38
     with pytest.raises(PreflightError, match=r"layers\.1|norm"):
-        sliced(checkpoint, remove=0.3)
+        sliced(checkpoint, remove=0.3, on=["hidden"])

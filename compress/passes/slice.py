@@ -1,120 +1,182 @@
 """slice: a smaller dense model that stays a stock config, without training.
 
-The residual stream is rotated into one orthogonal basis (compress/basis.py) after its norms are fused into
-their consumers (compress/fuse.py), and cut to `hidden_size = k`.
+What may become smaller: the residual stream (`hidden`: one rotation of it, cut to k directions), the MLPs'
+units (`ffn`) and attention heads, with grouped queries by groups (`heads`). What remains is refitted by least
+squares, stage by stage (compress/refit.py), so that the compressed stream follows the dense one. Compare
+SliceGPT (arXiv 2401.15024), which cuts the stream alone, refits nothing, and leaves a private format.
 
 `remove` is the share of the *real* parameters of the model as it is loaded: tied tensors counted once,
-embeddings and head included. A tied head has to be untied (its input is another than the embedding's), and
-that is counted too.
+embeddings and head included. Where it is taken from is chosen by the loss on a tenth of the calibration data,
+which is left out of the fits meanwhile; or fixed by `split`. A tied RMSNorm model stays tied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+import time
+from collections.abc import Mapping, Sequence
+from math import lcm
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..basis import batches, stream_basis
+from ..batches import batches
+from ..budget import Sizes, axes_of, candidates, free_words, head_axis
 from ..checkpoint import Check, Checkpoint
-from ..errors import RecipeError
-from ..fuse import fuse, norms, restate, rotatable, rotate
+from ..cutter import Cutter
+from ..errors import PreflightError
+from ..fuse import norms, restate, rotatable, tied_heads
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
+TOKENS_PER_REGRESSOR = 200
+"""Calibration tokens that a fit needs per regressor: below, it learns the sample (measured on stories260K)."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Slice(Pass):
-    """Cut the width of the residual stream.
+    """Cut the stream, the MLPs and the heads of a model, and refit what is left.
 
     Attributes:
         remove: share of all real parameters to remove, between 0 and 1.
+        on: what may shrink; by default all that the architecture's stock config allows.
+        round_to: sizes of hidden and ffn that change stay multiples of this.
+        split: the share of the cut that `hidden` takes, between 0 and 1; by default the loss on a tenth of
+            the calibration data chooses.
+        ridge: strength of the pull towards the projected weights, as a share of the mean second moment.
     """
 
     needs_calibration: ClassVar[bool] = True
 
     remove: Share
+    on: list[Literal["hidden", "ffn", "heads"]] | None = None
+    round_to: Annotated[int, Field(gt=0)] = 1
+    split: Annotated[float, Field(ge=0, le=1)] | None = None
+    ridge: Annotated[float, Field(gt=0)] = 1e-2
 
     def requires(self, layout: Layout) -> Forecast:
-        """Choose the hidden size and predict shapes and memory."""
-        rotatable(layout)
-        after, notes = choose_hidden(layout, self.remove)
-        return Forecast(after, memory(layout, after), notes)
+        """Find sizes that remove what is asked for, and predict shapes and memory."""
+        options = self._options(layout)
+        typical = self._fixed(layout, options) or options[len(options) // 2]
+        after = restate(layout, typical)
+        return Forecast(after, memory(layout, after), self._notes(layout, options, typical))
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
-        """Rotate and cut."""
-        layout = checkpoint.layout
-        after, _ = choose_hidden(layout, self.remove)
-        untied, fused = fuse(layout, checkpoint.tensors)
-        model = Checkpoint(untied, fused).model()
-        data = batches(context.calibration)
-        basis = stream_basis(model, untied, context.track(data, "second moments"))
-        k = after.families["hidden"]
-        narrow, tensors = rotate(untied, fused, basis[:, :k])
-        checkpoint.become(narrow, tensors)
+        """Measure, choose sizes, cut and refit."""
+        began, layout = time.perf_counter(), checkpoint.layout
+        if not context.calibration:
+            raise PreflightError("slice", "no calibration data", "text to calibrate on")
+        options = self._options(layout)
+        cutter = Cutter.measured(checkpoint, options, context, self.ridge)
+        measured = time.perf_counter()
+        chosen, losses = self._choose(cutter, options, context)
+        searched = time.perf_counter()
+        after, tensors, fits = cutter.cut(chosen, batches(context.calibration, layout), context)
+        checkpoint.become(after, tensors)
         context.details.update(
             requested=self.remove,
-            delivered=1 - narrow.parameters / layout.parameters,
-            sizes={"hidden": k},
-            task=layout.task,
+            delivered=1 - after.parameters / layout.parameters,
             parameters_before=layout.parameters,
-            parameters_after=narrow.parameters,
+            parameters_after=after.parameters,
+            sizes={axis: after.families[axis] for axis in chosen},
+            task=layout.task,
+            tried=losses,
+            fits=fits,
+            warnings=too_few_tokens(after, context.calibration),
+            seconds={
+                "measure": measured - began,
+                "search": searched - measured,
+                "cut": time.perf_counter() - searched,
+            },
         )
 
     def checks(self, details: Mapping[str, Any]) -> list[Check]:
-        """The sizes are those chosen and no norm of the stream has a gain."""
+        """The sizes are those chosen, and the stream's norms have no gain where it was rotated."""
         sizes = {str(axis): int(size) for axis, size in details["sizes"].items()}
         task = str(details["task"])
-        found = [Check(describe_sizes(sizes), lambda config, _: wrong_sizes(Layout.of(config, task), sizes))]
+        said = ", ".join(f"{axis} is {size}" for axis, size in sizes.items())
+        found = [Check(said, lambda config, _: wrong_sizes(Layout.of(config, task), sizes))]
         if "hidden" in sizes:
             neutral = "every norm of the stream has a neutral gain"
             found.append(Check(neutral, lambda config, tensors: wrong_gain(Layout.of(config, task), tensors)))
         return found
 
+    def _options(self, layout: Layout) -> list[Sizes]:
+        words = free_words(layout) if self.on is None else self.on
+        if "hidden" in words:
+            rotatable(layout)
+        return candidates(layout, self.remove, axes_of(layout, words), self.round_to)
 
-def choose_hidden(layout: Layout, remove: float) -> tuple[Layout, tuple[str, ...]]:
-    """The largest hidden size on the config's grid that removes at least the share asked for.
+    def _fixed(self, layout: Layout, options: list[Sizes]) -> Sizes | None:
+        """The option that the recipe or the lack of others fixes."""
+        if self.split is None:
+            return options[0] if len(options) == 1 else None
+        goal = self.split * self.remove
+        axis = head_axis(layout)
+        whole = [option for option in options if axis not in option] or options
+        return min(whole, key=lambda option: abs(hidden_share(layout, option) - goal))
 
-    Returns:
-        the layout, and lines for the plan: the grid with its parameter counts.
+    def _choose(self, cutter: Cutter, options: list[Sizes], context: Context) -> tuple[Sizes, list[Any]]:
+        fixed = self._fixed(cutter.layout, options)
+        if fixed is not None:
+            return fixed, []
+        order = np.random.default_rng(context.seed).permutation(len(context.calibration))
+        tenth = set(order[: max(1, len(order) // 10)].tolist())
+        judged = [s for n, s in enumerate(context.calibration) if n in tenth]
+        fitted = [s for n, s in enumerate(context.calibration) if n not in tenth] or judged
+        return cutter.search(options, fitted, judged, context)
 
-    Raises:
-        RecipeError: no size does.
-    """
-    total, step, d = layout.parameters, layout.grid("hidden"), layout.families["hidden"]
-    sizes = list(range(d - d % step, 0, -step))
-    counts = {k: restate(layout, {"hidden": k}).parameters for k in sizes}
-    fits = [k for k in sizes if counts[k] <= total * (1 - remove)]
-    if not fits:
-        raise RecipeError(
-            "slice: remove",
-            str(remove),
-            f"at most {1 - counts[sizes[-1]] / total:.3f}",
-            f"hidden {sizes[-1]} is the smallest this config holds.",
+    def _notes(self, layout: Layout, options: list[Sizes], typical: Sizes) -> tuple[str, ...]:
+        def line(sizes: Sizes) -> str:
+            count = restate(layout, sizes).parameters
+            shape = ", ".join(f"{axis} {layout.families[axis]} → {size}" for axis, size in sizes.items())
+            return f"{shape}: {count:,} parameters ({count / layout.parameters - 1:+.1%})"
+
+        notes = (
+            [line(typical)]
+            if len(options) == 1 or self.split is not None
+            else [
+                f"the loss on a tenth of the calibration data chooses among {len(options)}:",
+                *(line(option) for option in options),
+            ]
         )
-    k = fits[0]
-    near = [s for s in sizes if abs(sizes.index(s) - sizes.index(k)) <= 2]
-    grid = ", ".join(f"{s}: {counts[s]:,} ({counts[s] / total - 1:+.1%})" for s in near)
-    notes = [f"hidden {d} → {k} (a multiple of {step}); around it {grid}"]
-    if layout.resized({}).parameters != layout.resized({}, untie=True).parameters:
-        notes.append("the tied head is untied: its weights are counted above")
-    return restate(layout, {"hidden": k}), tuple(notes)
+        if list(options[0]) == ["hidden"]:
+            notes += hidden_grid(layout, options[0]["hidden"], self.round_to)
+        return tuple(notes)
+
+
+def hidden_share(layout: Layout, sizes: Sizes) -> float:
+    """The share of all parameters that the stream's cut alone removes."""
+    only = {axis: size for axis, size in sizes.items() if axis == "hidden"}
+    return 1 - restate(layout, only).parameters / layout.parameters if only else 0.0
+
+
+def hidden_grid(layout: Layout, chosen: int, round_to: int) -> list[str]:
+    """Lines for the plan: the hidden sizes around the chosen one with their parameter counts."""
+    step = lcm(layout.grid("hidden"), round_to)
+    near = [k for k in range(chosen + 2 * step, chosen - 3 * step, -step) if 0 < k < layout.families["hidden"]]
+    counts = {k: restate(layout, {"hidden": k}).parameters for k in near}
+    points = ", ".join(f"{k}: {n:,} ({n / layout.parameters - 1:+.1%})" for k, n in counts.items())
+    return [f"hidden moves in steps of {step}: {points}"]
 
 
 def memory(before: Layout, after: Layout) -> int:
     """Bytes beside the stored weights: working copies, the moments, activations of a batch."""
-    d = before.families["hidden"]
-    return (
-        12 * before.resized({}, untie=True).parameters + 8 * after.parameters + 4 * 8 * d * d + 4096 * 64 * d
-    )
+    d, depth = before.families["hidden"], before.depth
+    metrics = 8 * d * d * (2 * depth + 6)
+    return 12 * before.parameters + 8 * after.parameters + metrics + 4096 * 64 * d
 
 
-def describe_sizes(sizes: Mapping[str, int]) -> str:
-    """`hidden is 48, ffn is 128`."""
-    return ", ".join(f"{axis} is {size}" for axis, size in sizes.items())
+def too_few_tokens(layout: Layout, calibration: Sequence[np.ndarray]) -> list[str]:
+    """A warning if the widest fit has too few tokens to learn more than the sample."""
+    widest = max([layout.families["hidden"], *(layout.inner_size(b) for b in layout.branches(0))])
+    tokens, needed = sum(len(s) for s in calibration), TOKENS_PER_REGRESSOR * widest
+    if tokens >= needed or layout.arch.inputs == "pixels":
+        return []
+    return [f"{tokens:,} calibration tokens; the widest fit ({widest} regressors) wants about {needed:,}"]
 
 
 def wrong_sizes(layout: Layout, sizes: Mapping[str, int]) -> str | None:
@@ -125,9 +187,12 @@ def wrong_sizes(layout: Layout, sizes: Mapping[str, int]) -> str | None:
 
 
 def wrong_gain(layout: Layout, tensors: Mapping[str, Any]) -> str | None:
-    """The first norm of the stream whose gain is not neutral."""
+    """The first norm of the stream whose gain is not neutral; the one in front of a tied head may have any."""
     neutral = 1 - layout.arch.norm.gain_offset
+    final = layout.full(layout.arch.final_norm)
     for name in norms(layout):
+        if name == final and tied_heads(layout):
+            continue
         if not bool((tensors[f"{name}.weight"] == neutral).all()):
             return f"{name}.weight is not {neutral:g} everywhere"
     return None

@@ -1,0 +1,65 @@
+"""Calibration sequences as batches of one forward: alike in length, padding known and left out of every sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .errors import PreflightError
+from .layout import Layout
+
+
+class Batch:
+    """Sequences of one forward.
+
+    Attributes:
+        inputs: keyword arguments of the model.
+        real: bool `[batch, length]`, False where padded; None if nothing is.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], pixels: bool = False):
+        self.real: torch.Tensor | None = None
+        if pixels:
+            self.inputs = {"pixel_values": torch.as_tensor(np.stack(list(sequences)), dtype=torch.float32)}
+            return
+        lengths = torch.tensor([len(s) for s in sequences])
+        width = int(lengths.max())
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        real = torch.arange(width)[None] < lengths[:, None]
+        self.inputs = {"input_ids": ids}
+        if not bool(real.all()):
+            self.real = real
+            self.inputs["attention_mask"] = real.long()
+
+    def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[batch, length, n]` → `[tokens, n]` without padding."""
+        return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
+
+
+def batches(sequences: Sequence[np.ndarray], layout: Layout, tokens: int = 4096) -> list[Batch]:
+    """Sequences in batches of about `tokens` tokens (pixels: of 16 images), alike in length."""
+    if layout.arch.inputs == "pixels":
+        return [Batch(sequences[i : i + 16], pixels=True) for i in range(0, len(sequences), 16)]
+    groups: list[list[np.ndarray]] = [[]]
+    for sequence in sorted(sequences, key=len):
+        if groups[-1] and (len(groups[-1]) + 1) * len(sequence) > tokens:
+            groups.append([])
+        groups[-1].append(sequence)
+    return [Batch(group) for group in groups if group]
+
+
+def finite(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """The tensor, or a refusal that names the layer.
+
+    Raises:
+        PreflightError: a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise PreflightError(
+            where, "activations that are NaN or infinite", "finite ones", "The source model overflows here."
+        )
+    return tensor

@@ -1,0 +1,81 @@
+"""Ridge least squares for a *change* of weights, from sums over tokens.
+
+    minimise  Σ w ‖t − a (W₀ + Δ)‖² + λ ‖Δ‖²,     λ = ridge · mean diagonal of Σ w aᵀa
+
+The ridge pulls towards W₀, not towards zero: where nothing was compressed t = a W₀, so Δ = 0 exactly. Only
+AᵀA, AᵀT and TᵀT are kept, in float64: activations never are, and the normal equations square the condition
+number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Regression:
+    """Sums for one fit of `t [n, out]` from `a [n, inp]`.
+
+    Args:
+        inp: number of regressors.
+        out: number of targets.
+        intercept: fit a constant too (it is not regularised).
+    """
+
+    def __init__(self, inp: int, out: int, intercept: bool = False):
+        size = inp + intercept
+        self.intercept = intercept
+        self.gram = torch.zeros(size, size, dtype=torch.float64)
+        self.cross = torch.zeros(size, out, dtype=torch.float64)
+        self.square = 0.0
+        self.tokens = 0
+
+    def add(self, a: torch.Tensor, t: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Count tokens in: regressors `[n, inp]`, targets `[n, out]`, weights `[n]`."""
+        a, t = a.double(), t.double()
+        if self.intercept:
+            a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+        weighted = a if weight is None else a * weight.double()[:, None]
+        self.gram += a.T @ weighted
+        self.cross += weighted.T @ t
+        square = t.pow(2).sum(1)
+        self.square += float(square.sum() if weight is None else square @ weight.double())
+        self.tokens += len(a)
+
+    def start(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight [inp, out]` with a zero constant where one is fitted; float64."""
+        weight = weight.double()
+        return torch.cat([weight, weight.new_zeros(1, weight.shape[1])]) if self.intercept else weight
+
+    def solve(self, weight: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The best weights near `weight`.
+
+        Args:
+            weight: W₀ `[inp, out]`.
+            ridge: λ as a share of the mean diagonal.
+
+        Returns:
+            float64 `[inp, out]`, and the constant `[out]` if one was asked for.
+        """
+        before = self.start(weight)
+        penalty = torch.full((len(self.gram),), ridge * float(self.gram.diagonal().mean()), dtype=torch.float64)
+        if self.intercept:
+            penalty[-1] = 0.0
+        system = self.gram + penalty.diag()
+        after = before + symmetric_solve(system, self.cross - self.gram @ before)
+        return (after[:-1], after[-1]) if self.intercept else (after, None)
+
+    def error(self, weight: torch.Tensor, constant: torch.Tensor | None = None) -> float:
+        """Share of Σ w ‖t‖² that `weight` leaves unexplained."""
+        full = self.start(weight)
+        if constant is not None:
+            full[-1] = constant.double()
+        left = self.square - 2 * float((full * self.cross).sum()) + float((full * (self.gram @ full)).sum())
+        return max(left, 0.0) / max(self.square, 1e-300)
+
+
+def symmetric_solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Solve a symmetric positive (semi)definite system; the smallest solution where it is singular."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if int(failed):
+        return torch.linalg.pinv(system, hermitian=True) @ right
+    return torch.cholesky_solve(right, factor)

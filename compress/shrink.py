@@ -1,0 +1,111 @@
+"""Fewer units in every block: which go (obs.py, on the dense model's activations), and the tensors without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .axes import family, shrink
+from .batches import Batch, finite
+from .fuse import along
+from .layout import Layout
+from .obs import elimination_order, survivors
+from .refit import Side
+from .stages import Stage, Writer, stages
+from .walk import captured
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def next_norm(layout: Layout, stage: Stage) -> str:
+    """The norm whose input is the stream behind the stage."""
+    if stage.after or layout.arch.stream == "post-norm":
+        return stage.after
+    if stage.block + 1 < layout.depth:
+        return stages(layout, stage.block + 1)[0].norm
+    return layout.full(layout.arch.final_norm)
+
+
+@torch.no_grad()
+def removal_orders(
+    model: Any,
+    layout: Layout,
+    tensors: Mapping[str, torch.Tensor],
+    data: Sequence[Batch],
+    keep: Mapping[str, int],
+    metrics: Mapping[str, torch.Tensor],
+    track: Track,
+) -> dict[str, torch.Tensor]:
+    """In which order the units of each block may go, cheapest first.
+
+    Args:
+        model: the dense model, float32.
+        layout: its layout.
+        tensors: its parameters.
+        data: batches.
+        keep: axis family → the smallest number of units that any budget keeps.
+        metrics: the loss' sensitivity at each norm's input (basis.py).
+        track: progress.
+
+    Returns:
+        int64 orders by numbered axis (`ffn3`), long enough for `keep`.
+    """
+    if not keep:
+        return {}
+    side, orders = Side.at_start(model, layout, data), {}
+    for block in track(range(layout.depth), "units"):
+        all_writers = [(stage, writer) for stage in stages(layout, block) for writer in stage.writers]
+        writers = [(stage, w) for stage, w in all_writers if family(w.axis(layout)) in keep]
+        moments = inner_moments(side, block, writers, data)
+        for stage, writer in writers:
+            axis, name = writer.axis(layout), f"{writer.module}.weight"
+            weight, _ = along(tensors[name], layout, name, "hidden")
+            metric = None if stage.post else metrics.get(next_norm(layout, stage))
+            count = layout.sizes[axis] - keep[family(axis)]
+            groups = writer.groups(layout, axis)
+            orders[axis] = elimination_order(moments[writer.module], weight, groups, count, metric)
+    return orders
+
+
+def inner_moments(
+    side: Side, block: int, writers: Sequence[tuple[Stage, Writer]], data: Sequence[Batch]
+) -> dict[str, torch.Tensor]:
+    """Second moments of what each writer reads, tokens of a large stream weighing less; moves behind the block.
+
+    Returns:
+        float64 `[n, n]` by module.
+    """
+    names = {w.module for _, w in writers} | {stage.norm for stage, _ in writers if stage.norm}
+    total: dict[str, Any] = {w.module: 0.0 for _, w in writers}
+    for number, batch in enumerate(data):
+        with captured(side.walk.model, names) as seen:
+            after = side.walk.block(block, side.streams[number], side.arguments[number][block])
+        side.streams[number] = after
+        for stage, writer in writers:
+            inner = batch.tokens(finite(seen.inputs[writer.module], writer.module)).double()
+            stream = batch.tokens(seen.inputs[stage.norm]).double() if stage.norm else torch.ones(len(inner), 1)
+            weighted = inner / stream.pow(2).mean(-1, keepdim=True).clamp_min(1e-30)
+            total[writer.module] = total[writer.module] + inner.T @ weighted
+    return total
+
+
+def without(
+    layout: Layout,
+    tensors: Mapping[str, torch.Tensor],
+    orders: Mapping[str, torch.Tensor],
+    sizes: Mapping[str, int],
+) -> dict[str, torch.Tensor]:
+    """The tensors with `sizes` units left on every axis that has an order; names and order of parameters unchanged."""
+    kept = {
+        axis: survivors(order, layout.sizes[axis], sizes[family(axis)])
+        for axis, order in orders.items()
+        if family(axis) in sizes
+    }
+    left = dict(tensors)
+    for name, shape in layout.tensors.items():
+        for axis, keep in kept.items():
+            if any(dim.has(axis) for dim in shape.dims):
+                left[name] = shrink(left[name], shape.dims, axis, keep, layout.sizes)
+    return left

@@ -13,7 +13,6 @@ from .errors import RecipeError
 from .run import default_metrics
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
     from .data import Source
     from .evaluate import Scorer
     from .recipe import Recipe
@@ -88,15 +87,20 @@ class Question:
         }
 
     def _open(self, reference: str) -> tuple[Scorer, Any]:
-        """A scorer and its tokenizer, from a checkpoint or an artifact."""
-        from .checkpoint import Checkpoint, load_tokenizer, locate
-        from .evaluate.torch_scorer import TorchScorer
-        from .recipe import exporter_options
+        from .checkpoint import locate
 
-        path = locate(reference, self.offline)
-        described = path / "artifact.json"
-        if described.is_file():
-            options: Any = exporter_options(json.loads(described.read_text("utf-8"))["exporter"])
-            return options.open(path, self.threads), load_tokenizer(path)
-        checkpoint: Checkpoint = Checkpoint.load(path)
-        return TorchScorer(checkpoint, self.threads), checkpoint.tokenizer
+        return open_scorer(locate(reference, self.offline), self.threads)
+
+
+def open_scorer(path: Path, threads: int | None = None) -> tuple[Scorer, Any]:
+    """A scorer and its tokenizer, from the directory of a checkpoint or an artifact."""
+    from .checkpoint import Checkpoint, load_tokenizer
+    from .evaluate.torch_scorer import TorchScorer
+    from .recipe import exporter_options
+
+    described = path / "artifact.json"
+    if described.is_file():
+        options: Any = exporter_options(json.loads(described.read_text("utf-8"))["exporter"])
+        return options.open(path, threads), load_tokenizer(path)
+    checkpoint = Checkpoint.load(path)
+    return TorchScorer(checkpoint, threads), checkpoint.tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -28,12 +28,14 @@ class Score:
         low: lower end of the 95 % interval, None from a single sample.
         high: upper end.
         samples: how many samples were scored.
+        each: the metric of every sample alone, in their order; NaN where there is nothing to predict.
     """
 
     value: float
     low: float | None
     high: float | None
     samples: int
+    each: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
 
 def evaluate(
@@ -91,12 +93,13 @@ def summarize(metric: Metric, pairs: np.ndarray) -> Score:
         )
     ratio = math.fsum(sums) / total
     value = metric.finish(ratio)
+    each = tuple(metric.finish(s / w) if w > 0 else math.nan for s, w in pairs.tolist())
     if count == 1:
-        return Score(value, None, None, 1)
+        return Score(value, None, None, 1, each)
     residuals = sums - ratio * weights
     half = student(count - 1) * math.sqrt(count / (count - 1) * math.fsum(residuals**2)) / total
     low, high = sorted((metric.finish(ratio - half), metric.finish(ratio + half)))
-    return Score(value, low, high, count)
+    return Score(value, low, high, count, each)
 
 
 def student(degrees: int) -> float:

@@ -7,25 +7,31 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from .errors import RecipeError
-from .registry import EXPORTERS, PASSES, find_exporter, find_pass, names
+from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
 from .words import nearest, one_of
 
 
-def _all() -> Iterator[tuple[str, str, type]]:
-    yield from ((name, "pass", find_pass(name)) for name in names(PASSES))
-    yield from ((name, "exporter", find_exporter(name)) for name in names(EXPORTERS))
+FINDERS: tuple[tuple[str, Group, Callable[[str], type]], ...] = (
+    ("pass", PASSES, find_pass),
+    ("exporter", EXPORTERS, find_exporter),
+)
 
 
 def summary() -> list[dict[str, str]]:
-    """Name, kind and first sentence of each."""
-    return [
-        {"name": name, "kind": kind, "summary": (inspect.getdoc(found) or "").split("\n\n")[0].replace("\n", " ")}
-        for name, kind, found in _all()
-    ]
+    """Name, kind and first sentence of each; of one that does not import, why."""
+    listed = []
+    for kind, group, find in FINDERS:
+        for name in names(group):
+            try:
+                text = (inspect.getdoc(find(name)) or "").split("\n\n")[0].replace("\n", " ")
+            except RecipeError as error:
+                text = f"broken: {error.found}"
+            listed.append({"name": name, "kind": kind, "summary": text})
+    return listed
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -34,8 +40,9 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: there is none of that name.
     """
-    for known, kind, found in _all():
-        if known == name:
+    for kind, group, find in FINDERS:
+        if name in names(group):
+            found = find(name)
             text = inspect.getdoc(sys.modules[found.__module__]) or ""
             return {"name": name, "kind": kind, "text": text, "options": options(found)}
     known_names = [*names(PASSES), *names(EXPORTERS)]

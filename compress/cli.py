@@ -41,8 +41,8 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU
 def _recipe(reference: str, model: str | None, overrides: Sequence[str] | None) -> Recipe:
     from .recipe import load_recipe
 
-    recipe = load_recipe(reference, overrides or ())
-    return recipe.model_copy(update={"model": model}) if model else recipe
+    named = [f"model={json.dumps(model, ensure_ascii=False)}"] if model else []
+    return load_recipe(reference, [*(overrides or ()), *named])
 
 
 def _print(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:

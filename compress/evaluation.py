@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import preflight, report
 from .errors import RecipeError
-from .run import default_metrics
+from .run import DEFAULT_METRICS
 
 if TYPE_CHECKING:
     from .data import Source
@@ -61,7 +61,7 @@ class Question:
             windows = scorer.output == "logits"
             samples = read_samples(source, tokenizer, windows=windows, seed=None, base=base, place="data")
             wanted = metrics or [
-                name for name in default_metrics(scorer.output) if original or not METRICS[name].needs_reference
+                name for name in DEFAULT_METRICS[scorer.output] if original or not METRICS[name].needs_reference
             ]
             found = {"model": self._block(scorer, samples, wanted, original)}
             if original is not None:

@@ -115,6 +115,22 @@ def scoring_memory(original: Layout, result: Layout, recipe: Recipe) -> int:
     return PROCESS + SCORING + 4 * (original.parameters + result.parameters) + original.bytes + result.bytes + logits
 
 
+def _check_metrics(recipe: Recipe, task: str) -> None:
+    """Metrics and gates must read what a model of this task answers."""
+    from .evaluate import ALWAYS, OUTPUTS, check_metrics
+
+    if task not in OUTPUTS:
+        return
+    for number, name in enumerate(recipe.metrics):
+        check_metrics([name], OUTPUTS[task], recipe.place("metrics", number))
+    gates = [(("gate",), gate) for gate in recipe.gate]
+    gates += [(("passes", n, "gate"), gate) for n, step in enumerate(recipe.passes) for gate in step.gate]
+    gates += [(("export", n, "gate"), gate) for n, step in enumerate(recipe.export) for gate in step.gate]
+    for loc, gate in gates:
+        if gate.metric not in ALWAYS:
+            check_metrics([gate.metric], OUTPUTS[task], recipe.place(*loc))
+
+
 def make_plan(recipe: Recipe, layout: Layout) -> Plan:
     """Check every step of `recipe` against the shapes it will meet.
 
@@ -122,6 +138,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         RecipeError: a step cannot work; says at which line of the recipe.
     """
     original = layout
+    _check_metrics(recipe, layout.task)
     layout = Plan(recipe, original, (), ()).start
     passes: list[PlannedStep] = []
     for number, step in enumerate(recipe.passes):

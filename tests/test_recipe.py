@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tersor.compress.data import Source
 from tersor.compress.errors import RecipeError
 from tersor.compress.evaluate.gate import Gate
 from tersor.compress.passes.slice import Slice
@@ -18,13 +19,12 @@ from tersor.compress.recipe import (
     Data,
     PassStep,
     Recipe,
-    Source,
     exporter_options,
     load_recipe,
     shipped,
 )
-from tersor.compress.yaml_file import parse_yaml
-from tersor.compress.yaml_text import to_yaml
+from tersor.compress.recipe.yaml_file import parse_yaml
+from tersor.compress.recipe.yaml_text import to_yaml
 
 GOOD = """\
 recipe: 1

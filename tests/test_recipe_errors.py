@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tersor.compress.complaints import MOST, RecipeFaultsError
+from tersor.compress.recipe.complaints import MOST, RecipeFaultsError
 from tersor.compress.errors import RecipeError
 from tersor.compress.evaluate.metrics import METRICS
 from tersor.compress.recipe import load_recipe
@@ -431,7 +431,7 @@ TREES = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(TREES)
 def test_any_tree_is_a_recipe_or_a_line_a_fault(tmp_path_factory, tree):
-    from tersor.compress.yaml_text import to_yaml
+    from tersor.compress.recipe.yaml_text import to_yaml
 
     path = tmp_path_factory.getbasetemp() / "tree.yaml"
     path.write_text(to_yaml(tree), "utf-8")

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tersor.compress import recipe_schema, registry
+from tersor.compress import registry
+from tersor.compress.recipe import schema as recipe_schema
 from tersor.compress.errors import RecipeError
 from tersor.compress.recipe import ExportStep, PassStep, json_schema, load_recipe
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tersor.compress.errors import RecipeError
 from tersor.compress.recipe import Recipe, load_recipe
-from tersor.compress.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
+from tersor.compress.recipe.yaml_file import MAX_BYTES, MAX_DEPTH, parse_yaml
 
 BILLION_LAUGHS = "a: &a [x, x, x]\n" + "".join(
     f"{chr(n + 1)}: &{chr(n + 1)} [{', '.join([f'*{chr(n)}'] * 9)}]\n" for n in range(ord("a"), ord("j"))

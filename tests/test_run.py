@@ -76,8 +76,10 @@ def test_the_plan_predicts_what_is_delivered(recipe, tmp_path):
     outcome = apply(loaded, How(tmp_path / "run", threads=1))
     plan = json.loads((outcome.directory / "plan.json").read_text())
     saved = Checkpoint.load(outcome.directory / "model")
-    assert plan["result"]["parameters"] == saved.layout.parameters == outcome.metrics["checkpoint"]["parameters"]
-    assert saved.layout.parameters <= 0.85 * plan["original"]["parameters"]
+    original = plan["original"]["parameters"]
+    assert saved.layout.parameters == outcome.metrics["checkpoint"]["parameters"]
+    assert plan["result"]["parameters"] == pytest.approx(saved.layout.parameters, abs=0.01 * original)
+    assert 1 - saved.layout.parameters / original == pytest.approx(0.15, abs=0.005)
 
 
 def test_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
@@ -93,7 +95,7 @@ def test_verify_opens_the_results_with_stock_tools_and_sees_a_changed_byte(recip
     run = apply(load_recipe(recipe()), How(tmp_path / "run", threads=1)).directory
     findings = verify(run)
     assert [(f.what, f.detail) for f in findings if not f.holds] == []
-    assert len(findings) >= 5
+    assert len(findings) >= 4
     weights = run / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 0x40
@@ -195,3 +197,10 @@ def test_a_recipe_without_passes_hands_out_the_checkpoint_as_it_is(recipe, tmp_p
     assert outcome.metrics["artifacts"][0]["cosine"] == pytest.approx(1, abs=1e-6)
     before, after = Checkpoint.load(model), Checkpoint.load(outcome.directory / "model")
     assert all(np.array_equal(t.numpy(), after.tensors[n].numpy()) for n, t in before.tensors.items())
+
+
+def test_a_metric_for_another_kind_of_model_is_refused_by_the_plan(recipe, tmp_path, save_tiny):
+    path = recipe()
+    path.write_text(path.read_text().replace("passes:", "metrics: [perplexity, cosine, top1]\npasses:"))
+    with pytest.raises(RecipeError, match=r"small.yaml:7:23: metrics.1: found 'cosine', which reads embedding"):
+        apply(load_recipe(path), How(tmp_path / "run", threads=1))

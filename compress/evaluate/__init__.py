@@ -9,12 +9,14 @@ Read: scorer.py (the protocol) → metrics.py (what is measured, one function a 
 
 from .gate import Gate, Verdict, judge
 from .latency import latency
-from .metrics import METRICS, Metric, check_metrics
+from .metrics import ALWAYS, METRICS, Metric, check_metrics
 from .score import Score, evaluate
-from .scorer import Output, Scorer
+from .scorer import OUTPUTS, Output, Scorer
 
 __all__ = [
+    "ALWAYS",
     "METRICS",
+    "OUTPUTS",
     "Gate",
     "Metric",
     "Output",

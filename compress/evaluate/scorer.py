@@ -9,6 +9,9 @@ import numpy as np
 
 Output = Literal["logits", "embedding"]
 
+OUTPUTS: dict[str, Output] = {"text-generation": "logits", "feature-extraction": "embedding"}
+"""What a model of a task answers, by optimum's task name: the tasks that can be measured."""
+
 
 class Scorer(Protocol):
     """Something that runs a model on token sequences.

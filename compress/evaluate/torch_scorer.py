@@ -16,13 +16,12 @@ import torch
 
 from ..errors import RecipeError
 from .pooling import Pooling
-from .scorer import Output
+from .scorer import OUTPUTS, Output
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
 
 TOKENS = 1024  # of a batch, padding included: 512 to 1024 ran fastest a token on a 5M decoder and on MiniLM
-OUTPUTS: dict[str, Output] = {"text-generation": "logits", "feature-extraction": "embedding"}
 
 
 @contextmanager

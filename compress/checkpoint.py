@@ -87,7 +87,9 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise PreflightError(str(path), "no model_type", "the config of a transformers model")
     if raw.get("quantization_config"):
-        raise RecipeError(f"{path}: quantization_config", "a quantised checkpoint", "plain weights", "Dequantise it first.")
+        raise RecipeError(
+            f"{path}: quantization_config", "a quantised checkpoint", "plain weights", "Dequantise it first."
+        )
     from .arch import architecture
 
     understood(architecture(raw["model_type"], str(path)), raw, str(path))
@@ -124,7 +126,9 @@ def infer_task(config: PreTrainedConfig, path: Path) -> str:
     name = (config.architectures or [""])[0]
     found = getattr(transformers, name, None)
     if found is None:
-        raise RecipeError(f"{path}: architectures", repr(name), "a transformers class", "Or state `task:` in the recipe.")
+        raise RecipeError(
+            f"{path}: architectures", repr(name), "a transformers class", "Or state `task:` in the recipe."
+        )
     try:
         return str(TasksManager.infer_task_from_model(found))
     except ValueError as error:
@@ -174,22 +178,37 @@ class Checkpoint:
             RecipeError: see `read_config`.
         """
         layout = read_config(directory, task)
-        if not any((directory / name).exists() for name in (*WEIGHTS, "pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if not any(
+            (directory / name).exists() for name in (*WEIGHTS, "pytorch_model.bin", "pytorch_model.bin.index.json")
+        ):
             raise PreflightError(str(directory), "no weights", " or ".join(WEIGHTS))
         try:
             with quiet():
                 model, info = model_class(layout.config, layout.task).from_pretrained(
-                    directory, config=layout.config, dtype=layout.dtype, output_loading_info=True,
-                    low_cpu_mem_usage=True, ignore_mismatched_sizes=True,  # reported below, by name
+                    directory,
+                    config=layout.config,
+                    dtype=layout.dtype,
+                    output_loading_info=True,
+                    low_cpu_mem_usage=True,
+                    ignore_mismatched_sizes=True,  # reported below, by name
                 )
         except Exception as error:  # the loaders raise many types for one cause: the file is broken
-            raise PreflightError(str(directory), f"weights that do not load: {_one_line(error)}", "a whole checkpoint", "Copy or download it again.") from error
+            raise PreflightError(
+                str(directory),
+                f"weights that do not load: {_one_line(error)}",
+                "a whole checkpoint",
+                "Copy or download it again.",
+            ) from error
         if task is not None:  # a head that the recipe's task leaves out is left out on purpose
             info["unexpected_keys"] = ()
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             wrong = sorted(_key(k) for k in info[kind])
             if wrong:
-                raise PreflightError(str(directory), f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}", "the config's parameters, each once")
+                raise PreflightError(
+                    str(directory),
+                    f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}",
+                    "the config's parameters, each once",
+                )
         checkpoint = cls(layout, named_parameters(model), load_tokenizer(directory), read_side_files(directory))
         checkpoint.verify(str(directory))
         return checkpoint
@@ -288,14 +307,19 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     """The directory's tokenizer, or None if it has none."""
     from transformers import AutoTokenizer
 
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")):
+    if not any(
+        (directory / name).exists()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    ):
         return None
     try:
         with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
             return tokenizer
     except Exception as error:  # as for the weights: many types, one meaning
-        raise PreflightError(f"{directory}: tokenizer", f"files that do not load: {_one_line(error)}", "a tokenizer") from error
+        raise PreflightError(
+            f"{directory}: tokenizer", f"files that do not load: {_one_line(error)}", "a tokenizer"
+        ) from error
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
@@ -313,7 +337,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def locate(reference: str, offline: bool = False, base: Path | None = None) -> Path:
-    """The directory of a checkpoint: a local path, `package:NAME/sub/dir` for data of an installed package, or a hub id.
+    """The directory of a checkpoint: a local path, `package:NAME/sub/dir` for data of a package, or a hub id.
 
     Raises:
         PreflightError: nothing is there, or the hub cannot be asked.
@@ -340,7 +364,9 @@ def locate(reference: str, offline: bool = False, base: Path | None = None) -> P
         )
     except Exception as error:  # network, authorisation and cache errors share one remedy
         raise PreflightError(
-            f"model: {reference}", f"a hub id that cannot be fetched ({_one_line(error)})", "a local directory or a reachable hub id"
+            f"model: {reference}",
+            f"a hub id that cannot be fetched ({_one_line(error)})",
+            "a local directory or a reachable hub id",
         ) from error
 
 

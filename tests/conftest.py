@@ -116,7 +116,7 @@ def tiny() -> Callable[..., Checkpoint]:
 
 @pytest.fixture
 def save_tiny(tmp_path: Path) -> Callable[..., Path]:
-    """`save_tiny(model_type, task=None, **as_tiny) -> Path`: the directory of a saved tiny checkpoint with tokenizer."""
+    """`save_tiny(model_type, task=None, **as_tiny) -> Path`: directory of a saved tiny checkpoint with tokenizer."""
 
     def save(model_type: str, task: str | None = None, **options: Any) -> Path:
         directory = tmp_path / f"{model_type}-{len(list(tmp_path.iterdir()))}"

@@ -1,4 +1,4 @@
-"""docs/writing_an_architecture.md, followed: its file and its tiny config make an architecture that keeps the contract."""
+"""docs/writing_an_architecture.md, followed: its file and tiny config make an architecture under contract."""
 
 from __future__ import annotations
 

@@ -14,9 +14,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("compress", "sparse", "export")
 ALLOWED = {"compress": set(), "sparse": {"compress"}, "export": {"compress"}, "recipes": set()}
 SOURCES = sorted(p for folder in (*FOLDERS, "recipes") for p in (ROOT / folder).rglob("*.py"))
-EVERYWHERE = sorted(
-    p for folder in (*FOLDERS, "recipes", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")
-)
+EVERYWHERE = sorted(p for folder in (*FOLDERS, "recipes", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
 
 
 def imports(source: str, package: str) -> Iterator[str]:
@@ -38,11 +36,7 @@ def package_of(path: Path) -> str:
 def wrong_arrows(source: str, package: str) -> set[str]:
     """Our folders that a source imports and may not."""
     own = package.split(".")[1]
-    met = {
-        name.split(".")[1]
-        for name in imports(source, package)
-        if name.startswith("tersor.") and name != "tersor."
-    }
+    met = {name.split(".")[1] for name in imports(source, package) if name.startswith("tersor.") and name != "tersor."}
     return (met & set(FOLDERS)) - ALLOWED[own] - {own}
 
 
@@ -60,9 +54,7 @@ def test_a_wrong_arrow_is_seen():
     assert wrong_arrows("from tersor.export import onnx", "tersor.sparse.passes") == {"export"}
     assert wrong_arrows("def f():\n    from ..sparse import passes", "tersor.compress") == {"sparse"}
     assert wrong_arrows("from tersor import export", "tersor.compress") == {"export"}
-    assert (
-        wrong_arrows("from ..axes import Dim\nimport tersor.compress.walk", "tersor.compress.arch") == set()
-    )
+    assert wrong_arrows("from ..axes import Dim\nimport tersor.compress.walk", "tersor.compress.arch") == set()
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=lambda p: str(p.relative_to(ROOT)))
@@ -116,13 +108,11 @@ def test_help_imports_nothing_heavy():
     """Half a second is what a clock says; this is why."""
     if not (ROOT / "compress" / "cli.py").exists():
         pytest.skip("the command line is not built yet")
-    heavy = "torch transformers optimum onnxruntime onnx onnxscript matplotlib".split()
+    heavy = ["torch", "transformers", "optimum", "onnxruntime", "onnx", "onnxscript", "matplotlib"]
     code = (
         "import sys\nfrom tersor.compress.cli import main\nsys.argv = ['tersor', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         f"print('HEAVY', [m for m in {heavy} if m in sys.modules])"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert found.stdout.splitlines()[-1] == "HEAVY []", found.stdout + found.stderr

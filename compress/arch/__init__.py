@@ -127,6 +127,9 @@ class Architecture:
     """What the model reads: `input_ids`, or `pixel_values` `[batch, channels, height, width]`."""
     positions_after: str = ""
     """Config attribute after whose value position ids start (RoBERTa: pad_token_id); empty: they start at 0."""
+    positions_count: Literal["columns", "mask", "ids"] = "columns"
+    """What the stock model counts when it is given a plain mask and no position ids: columns, tokens that the mask
+    shows, or ids that are not the padding id."""
     position_ids: bool = True
     """Whether forward takes `position_ids`."""
     token_types: bool = False
@@ -152,13 +155,51 @@ def layer_norm(name: str, bias_when: str = "", **options: Any) -> tuple[Param, P
 
 # Attributes that any config may carry and that change nothing a pass computes.
 NEUTRAL = frozenset(
-    """_name_or_path architectures attn_implementation auto_map bad_words_ids bos_token_id chunk_size_feed_forward
-    decoder_start_token_id dtype torch_dtype eos_token_id experts_implementation finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_range is_encoder_decoder keys_to_ignore_at_inference
-    label2id max_length max_position_embeddings model_type name_or_path num_labels output_attentions
-    output_hidden_states output_past pad_token_id prefix problem_type remove_invalid_values return_dict sep_token_id
-    task_specific_params tie_encoder_decoder tie_word_embeddings tokenizer_class torchscript transformers_version
-    use_cache use_return_dict""".split()
+    (
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "bad_words_ids",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "dtype",
+        "torch_dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "max_length",
+        "max_position_embeddings",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "output_past",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "remove_invalid_values",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+        "use_return_dict",
+    )
 )
 
 

@@ -11,13 +11,13 @@ POOLER = linear("@pooler.dense", "hidden", "hidden")
 
 def masked_lm(dense: str, norm: str, out: str, bias: str) -> tuple[Param, ...]:
     """A masked-LM head: dense, norm, and an output that shares the word embeddings and a bias named twice."""
-    tied = {"shared_when": "tie_word_embeddings"}
+    tied, words = "tie_word_embeddings", "@embeddings.word_embeddings.weight"
     return (
         *linear(dense, "hidden", "hidden"),
         *layer_norm(norm),
         Param(bias, "vocab"),
-        Param(f"{out}.weight", "vocab, hidden", shared_with="@embeddings.word_embeddings.weight", **tied),
-        Param(f"{out}.bias", "vocab", shared_with=bias, **tied),
+        Param(f"{out}.weight", "vocab, hidden", shared_when=tied, shared_with=words),
+        Param(f"{out}.bias", "vocab", shared_when=tied, shared_with=bias),
     )
 
 

@@ -1,4 +1,4 @@
-"""Gemma 2: a Gemma with a second norm behind each branch, soft caps on scores and logits, every other block windowed."""
+"""Gemma 2: a Gemma with a norm behind each branch too, soft caps on scores and logits, every other block windowed."""
 
 from dataclasses import replace
 

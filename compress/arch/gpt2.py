@@ -48,9 +48,7 @@ ARCHITECTURE = Architecture(
             writes=f"{LAYER}.attn.c_proj",
             inner=HEADS,
         ),
-        Branch(
-            norm=f"{LAYER}.ln_2", reads=(f"{LAYER}.mlp.c_fc",), writes=f"{LAYER}.mlp.c_proj", inner="ffn{i}"
-        ),
+        Branch(norm=f"{LAYER}.ln_2", reads=(f"{LAYER}.mlp.c_fc",), writes=f"{LAYER}.mlp.c_proj", inner="ffn{i}"),
     ),
     norm=Norm("layer", eps="layer_norm_epsilon"),
     stream="pre-norm",

@@ -45,9 +45,7 @@ ARCHITECTURE = Architecture(
             inner=HEADS,
             except_in=(0,),
         ),
-        Branch(
-            norm=f"{LAYER}.mlp_norm", reads=(f"{LAYER}.mlp.Wi",), writes=f"{LAYER}.mlp.Wo", inner="ffn{i}"
-        ),
+        Branch(norm=f"{LAYER}.mlp_norm", reads=(f"{LAYER}.mlp.Wi",), writes=f"{LAYER}.mlp.Wo", inner="ffn{i}"),
     ),
     norm=Norm("layer", eps="norm_eps"),
     stream="pre-norm",

@@ -49,9 +49,7 @@ ARCHITECTURE = Architecture(
             writes=f"{LAYER}.self_attn.out_proj",
             inner=HEADS,
         ),
-        Branch(
-            norm=f"{LAYER}.final_layer_norm", reads=(f"{LAYER}.fc1",), writes=f"{LAYER}.fc2", inner="ffn{i}"
-        ),
+        Branch(norm=f"{LAYER}.final_layer_norm", reads=(f"{LAYER}.fc1",), writes=f"{LAYER}.fc2", inner="ffn{i}"),
     ),
     norm=Norm("layer", eps=""),
     stream="pre-norm",
@@ -81,4 +79,5 @@ ARCHITECTURE = Architecture(
         "_remove_final_layer_norm": (False,),
     },
     activation="activation_function",
+    positions_count="mask",
 )

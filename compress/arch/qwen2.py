@@ -11,9 +11,7 @@ ARCHITECTURE = replace(
     LLAMA,
     model_type="qwen2",
     axes=(Axis("hidden"), Axis("ffn"), Axis("kv_heads")),
-    params=tuple(
-        replace(p, when="") for p in LLAMA.params if not p.name.endswith("bias") or p.name.endswith(QKV_BIAS)
-    ),
+    params=tuple(replace(p, when="") for p in LLAMA.params if not p.name.endswith("bias") or p.name.endswith(QKV_BIAS)),
     settings={
         "hidden_act": ANY,
         "attention_dropout": ANY,

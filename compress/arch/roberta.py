@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import Param, linear
+from . import linear
 from .bert import ARCHITECTURE as BERT
 from .bert import POOLER, masked_lm
 
@@ -10,6 +10,7 @@ ARCHITECTURE = replace(
     BERT,
     model_type="roberta",
     positions_after="pad_token_id",
+    positions_count="ids",
     token_types=False,
     heads={
         "feature-extraction": POOLER,

@@ -46,9 +46,7 @@ ARCHITECTURE = Architecture(
     params=(
         Param("@embeddings.cls_token", "1, 1, hidden"),
         Param("@embeddings.position_embeddings", "1, 1 + patches, hidden"),
-        Param(
-            "@embeddings.patch_embeddings.projection.weight", "hidden, channels, patch_height, patch_width"
-        ),
+        Param("@embeddings.patch_embeddings.projection.weight", "hidden, channels, patch_height, patch_width"),
         Param("@embeddings.patch_embeddings.projection.bias", "hidden"),
         *layer_norm(f"{LAYER}.layernorm_before"),
         *linear(f"{LAYER}.attention.q_proj", HEADS, "hidden", "qkv_bias"),

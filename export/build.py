@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -11,41 +11,29 @@ from tersor.compress.checkpoint import Checkpoint
 
 from . import trace
 from .core import core
+from .front import Clock
 from .pooling import Pooling
-from .rows import Rows
-from .segments import stitch
+from .stitch import stitch
 
 
-def build(
-    checkpoint: Checkpoint, inputs: Literal["padded", "packed"], opset: int
-) -> tuple[ir.Model, dict[str, Any]]:
-    """The stripped model and its description.
+def build(checkpoint: Checkpoint, inputs: str, opset: int) -> tuple[ir.Model, dict[str, Any]]:
+    """The model, without metadata, and its description.
+
+    Args:
+        checkpoint: not changed.
+        inputs: see `stitch.stitch`.
+        opset: of the default domain.
 
     Raises:
         RecipeError: the pooling or an attention argument is not understood.
     """
     layout = checkpoint.layout
     pooling = Pooling.of(checkpoint.side_files) if layout.task == "feature-extraction" else None
-    model = checkpoint.model(torch.float32)
-    model.config.use_cache = False
-    if inputs == "packed":
-        traced = core(model, layout.arch.token_types, layout.depth, opset, layout.first_position)
-        stitch(traced, pooling)
-        return traced, facts(checkpoint, traced, pooling, inputs, opset)
-    rows = Rows(model, pooling, layout.arch.token_types, inputs == "packed", layout.first_position)
-    names = ["input_ids", "attention_mask", *(["token_type_ids"] if layout.arch.token_types else [])]
-    outputs = ["logits"] if pooling is None else ["last_hidden_state", "sentence_embedding"]
-    traced = trace.trace(rows, examples(layout.sizes["vocab"], len(names)), names, outputs, opset)
-    if pooling is not None:
-        traced.graph.outputs[1].shape = ir.Shape(["sequences", layout.sizes["hidden"]])
-    return traced, facts(checkpoint, traced, pooling, inputs, opset)
-
-
-def examples(vocab: int, count: int) -> list[torch.Tensor]:
-    """Inputs to trace with: two rows of seven tokens."""
-    ids = torch.arange(14).reshape(2, 7) % vocab
-    segments = torch.tensor([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 0]])
-    return [ids, segments, torch.zeros_like(ids)][:count]
+    module = checkpoint.model(torch.float32)
+    module.config.use_cache = False
+    model = core(module, layout.arch.token_types, layout.depth, opset)
+    stitch(model, pooling, Clock(layout.arch.positions_count, layout.first_position), inputs)
+    return model, facts(checkpoint, model, pooling, inputs, opset)
 
 
 def facts(
@@ -53,16 +41,6 @@ def facts(
 ) -> dict[str, Any]:
     """What artifact.json says of the model, but for files and parity."""
     layout = checkpoint.layout
-
-    def described(values: list[ir.Value]) -> list[dict[str, Any]]:
-        found = []
-        for value in values:
-            assert value.shape is not None
-            assert value.dtype is not None
-            shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
-            found.append({"name": value.name, "dtype": value.dtype.name.lower(), "shape": shape})
-        return found
-
     return {
         "model": trace.MODEL_FILE,
         "model_type": layout.arch.model_type,
@@ -70,13 +48,17 @@ def facts(
         "opset": opset,
         "precision": "float32",
         "packing": inputs,
-        "inputs": described(list(model.graph.inputs)),
-        "outputs": described(list(model.graph.outputs)),
-        "limits": {
-            "vocab": layout.sizes["vocab"],
-            "max_length": layout.longest,
-        },
+        "inputs": [_described(v) for v in model.graph.inputs],
+        "outputs": [_described(v) for v in model.graph.outputs],
+        "limits": {"vocab": layout.sizes["vocab"], "max_length": layout.longest},
         "pooling": None if pooling is None else pooling.as_json(),
         "parameters": layout.parameters,
         "produced_by": {"torch": torch.__version__},
     }
+
+
+def _described(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    return {"name": value.name, "dtype": value.dtype.name.lower(), "shape": shape}

@@ -2,7 +2,7 @@
 
 The core is what a model does to `[1, tokens]` ids when all that concerns sequences is somebody else's: positions come
 in as an input, and every attention is one node `tersor::Attention(q, k, v)` that carries only what the layer knows
-(causality, window, scale). segments.py fills these nodes in and puts the unpadding in front. Only one dimension is
+(causality, window, scale, soft cap). stitch.py fills these nodes in and puts a front before them. Only one dimension is
 dynamic, so tracing is quick and the graph holds no shape arithmetic.
 """
 
@@ -17,10 +17,32 @@ from torch import nn
 from tersor.compress.errors import RecipeError
 
 from . import trace
-from .rows import refuse_unknown
 
 ATTENTION = "tersor_core"
 DOMAIN = "tersor"
+TRACED = 23
+"""Opset of the tracer: it knows RMSNormalization and RotaryEmbedding in 23 only, and 24 means the same by them."""
+IGNORED = (
+    "deterministic",
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
+
+
+def refuse_unknown(arguments: dict[str, Any]) -> None:
+    """A layer that hands its attention an argument we do not know computes something else than we would.
+
+    Raises:
+        RecipeError: names the argument.
+    """
+    for name, value in arguments.items():
+        if value is not None and name not in IGNORED:
+            raise RecipeError("export", f"attention with {name}", "plain, causal, windowed or capped attention")
 
 
 def attend(
@@ -31,6 +53,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """A placeholder node for q `[1, heads, tokens, d]`, giving `[1, tokens, heads, d]`."""
@@ -39,8 +62,11 @@ def attend(
         "causal": int(bool(getattr(module, "is_causal", False))),
         "window": sliding_window or 0,
         "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        "softcap": float(softcap or 0.0),
         "heads": query.shape[1],
         "kv_heads": key.shape[1],
+        "size": query.shape[3],
+        "value_size": value.shape[3],
     }
     shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     mixed = torch.onnx.ops.symbolic(
@@ -50,28 +76,27 @@ def attend(
 
 
 class Core(nn.Module):
-    """A transformers module as a function of ids, positions (from 0) and token types, each `[1, tokens]`."""
+    """A transformers module as a function of ids, positions and token types, each `[1, tokens]`."""
 
-    def __init__(self, model: nn.Module, token_types: bool, first_position: int = 0):
+    def __init__(self, model: nn.Module, token_types: bool):
         from transformers import AttentionInterface
 
         super().__init__()
         AttentionInterface.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-        self.model, self.token_types, self.first_position = model, token_types, first_position
+        self.model, self.token_types = model, token_types
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits `[1, tokens, vocab]` or states `[1, tokens, hidden]`."""
         extra = {"token_type_ids": token_type_ids} if self.token_types else {}
-        places = position_ids + self.first_position if self.first_position else position_ids
-        out = self.model(input_ids=input_ids, position_ids=places, **extra)
+        out = self.model(input_ids=input_ids, position_ids=position_ids, **extra)
         answer: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
         return answer
 
 
-def core(model: nn.Module, token_types: bool, depth: int, opset: int, first_position: int = 0) -> ir.Model:
+def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Model:
     """Trace the core; its inputs are `input_ids`, `position_ids` and, if asked, `token_type_ids`.
 
     Raises:
@@ -79,8 +104,8 @@ def core(model: nn.Module, token_types: bool, depth: int, opset: int, first_posi
     """
     names = ["input_ids", "position_ids", *(["token_type_ids"] if token_types else [])]
     examples = [torch.arange(7)[None] % (2 if n == "token_type_ids" else 7) for n in names]
-    module = Core(model, token_types, first_position)
-    traced = trace.trace(module, examples, names, ["answer"], opset, axes={1: "tokens"})
+    traced = trace.trace(Core(model, token_types), examples, names, ["answer"], TRACED, axes={1: "tokens"})
+    traced.graph.opset_imports[""] = opset
     found = sum(node.domain == DOMAIN for node in traced.graph)
     if found != depth:
         raise RecipeError("export: onnx", f"{found} attentions in {depth} blocks", "one in each")

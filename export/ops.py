@@ -42,9 +42,20 @@ class Ops:
             self.constants[key] = ir.Value(name=name, const_value=ir.tensor(array, name=name))
         return self.constants[key]
 
+    def constant_array(self, array: np.ndarray) -> ir.Value:
+        """An initializer of its own, for weights."""
+        name = f"{self.prefix}_array_{len(self.constants)}"
+        value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+        self.constants[name] = value
+        return value
+
     def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
         """To a fixed shape, −1 for what is left."""
         return self("Reshape", x, self.constant(list(shape)))
+
+    def merge(self, x: ir.Value) -> ir.Value:
+        """`[a, b, n]` as `[a · b, n]`."""
+        return self("Reshape", x, self("Concat", self.constant([-1]), self.size(x, 2), axis=0))
 
     def squeeze(self, x: ir.Value, axis: int = 0) -> ir.Value:
         """Without one dimension."""

@@ -17,6 +17,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from tersor.compress.errors import TersorError
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 BATCHES = {0: "batch", 1: "sequence"}
@@ -62,19 +64,29 @@ def trace(
         the model, stripped (see `strip`).
     """
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(),
-            tuple(examples),
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=tuple(dict(axes) for _ in examples),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(examples),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=tuple(dict(axes) for _ in examples),
+                verbose=False,
+            )
+        except Exception as error:  # the tracer wraps whatever the model's forward raises
+            raise _ours(error) or error from error
     assert program is not None
     strip(program.model)
     return program.model
+
+
+def _ours(error: BaseException | None) -> TersorError | None:
+    """The refusal of ours that led to `error`, if one did."""
+    while error is not None and not isinstance(error, TersorError):
+        error = error.__cause__
+    return error
 
 
 def strip(model: ir.Model) -> None:

@@ -308,11 +308,11 @@ def test_options_are_strict(tiny: Any) -> None:
 
 
 def test_attention_arguments_that_are_not_understood_are_refused() -> None:
-    from tersor.export.rows import refuse_unknown
+    from tersor.export.core import refuse_unknown
 
-    refuse_unknown({"dropout": 0.0, "softcap": None})
-    with pytest.raises(RecipeError, match="softcap"):
-        refuse_unknown({"softcap": 30.0})
+    refuse_unknown({"dropout": 0.0, "position_bias": None})
+    with pytest.raises(RecipeError, match="position_bias"):
+        refuse_unknown({"position_bias": 30.0})
 
 
 def test_a_real_encoder_packed_equals_torch(tmp_path: Path) -> None:

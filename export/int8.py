@@ -1,0 +1,125 @@
+"""Int8 whose answer for a token depends on that token alone.
+
+Stock dynamic quantisation takes one scale for the whole activation tensor, so a sentence's embedding changes with its
+neighbours in the batch (by up to 0.12 on all-MiniLM-L6-v2; onnxruntime #5672, #10111). Here every line x of the stream
+has its own, from stock operators:
+
+    s = max|x| / 127        q = round(x / s) + 128, uint8        x W ≈ s · (q − 128) W₈ · w
+
+with W₈ int8 and one scale w a column, max|W_j| / 127. Signed weights against unsigned activations is the kernel that
+ONNX Runtime runs fastest. On CPUs with AVX2 but no VNNI its 16-bit sums can saturate; measure there.
+
+Embedding tables are int8 with one scale a row. Products whose result would move by more than `KEEP` on real tokens,
+because a line's largest entry drowns the rest, stay in float32 and are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .ops import CONTRIB, Ops
+
+KEEP = 0.1
+"""Relative error ‖ŷ − y‖ / ‖y‖ of one product above which it stays in float32."""
+SMALLEST = 1 << 10
+"""Elements under which a table or a weight is not worth it."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A MatMul of the stream with a stored weight `[k, n]`."""
+
+    node: ir.Node
+    weight: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The name of its result in the graph."""
+        return str(self.node.outputs[0].name)
+
+
+def products(graph: ir.Graph) -> list[Product]:
+    """Every MatMul with a stored two-dimensional weight."""
+    found = []
+    for node in graph:
+        weight = node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if weight is not None and len(weight.shape) == 2 and weight.size >= SMALLEST:
+            found.append(Product(node, weight.numpy()))
+    return found
+
+
+def columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Int8 of `[k, n]` and one float32 scale a column."""
+    scale = np.maximum(np.abs(weight).max(0) / 127, 1e-10).astype(np.float32)
+    return np.clip(np.round(weight / scale), -127, 127).astype(np.int8), scale
+
+
+def lines(x: np.ndarray) -> np.ndarray:
+    """What is left of float32 lines `[t, k]` after quantisation, as float32."""
+    scale = np.maximum(np.abs(x).max(1, keepdims=True) / 127, 1e-10)
+    return (np.clip(np.round(x / scale), -128, 127) * scale).astype(np.float32)
+
+
+def error(x: np.ndarray, weight: np.ndarray) -> float:
+    """‖ŷ − y‖ / ‖y‖ of one product on real lines `[t, k]`."""
+    small, scale = columns(weight)
+    exact = x @ weight
+    return float(np.linalg.norm(lines(x) @ (small * scale) - exact) / max(np.linalg.norm(exact), 1e-30))
+
+
+def quantize(model: ir.Model, keep: Sequence[str]) -> None:
+    """Put int8 in place of every product and large table, in place, but for the products named in `keep`."""
+    graph, done = model.graph, dict[str, tuple[ir.Value, ir.Value]]()
+    for number, product in enumerate(products(graph)):
+        if product.name in keep:
+            continue
+        ops, node = Ops(f"int8_{number}"), product.node
+        x = node.inputs[0]
+        assert x is not None
+        if x.name not in done:
+            done[str(x.name)] = _lines(ops, x, product.weight.shape[0])
+        q, scale = done[str(x.name)]
+        small, per_column = columns(product.weight)
+        y = ops(
+            "MatMulIntegerToFloat",
+            *(q, ops.constant_array(small), ops.constant(1, np.float32), ops.constant_array(per_column)),
+            *(ops.constant(128, np.uint8), ops.constant_array(np.zeros(len(per_column), np.int8))),
+            domain=CONTRIB,
+        )
+        y = ops("Mul", y, scale)
+        node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+        _replace(graph, node, ops)
+    for number, node in enumerate([n for n in graph if n.op_type == "Gather"]):
+        table = node.inputs[0].const_value if node.inputs[0] is not None else None
+        if table is None or len(table.shape) != 2 or table.size < SMALLEST or table.dtype != ir.DataType.FLOAT:
+            continue
+        ops = Ops(f"table_{number}")
+        small, per_row = columns(table.numpy().T)
+        rows = ops("Cast", ops("Gather", ops.constant_array(small.T), node.inputs[1]), to=ir.DataType.FLOAT)
+        y = ops("Mul", rows, ops("Gather", ops.constant_array(per_row[:, None]), node.inputs[1]))
+        node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
+        _replace(graph, node, ops)
+    graph.opset_imports[CONTRIB] = 1
+    used = {id(x) for node in graph for x in node.inputs}
+    for name in [n for n, value in graph.initializers.items() if id(value) not in used]:
+        graph.initializers.pop(name)
+
+
+def _lines(ops: Ops, x: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
+    """Uint8 of the lines `[N, k]` of `x` `[…, N, k]` and their scales `[N, 1]`."""
+    flat = ops.reshape(x, -1, width)
+    largest = ops("ReduceMax", ops("Abs", flat), ops.constant([1]), keepdims=0)
+    scale = ops("Mul", largest, ops.constant(1 / 127, np.float32))
+    scale = ops("Max", scale, ops.constant(1e-10, np.float32))
+    zero = ops("ConstantOfShape", ops("Shape", scale), value=ir.tensor(np.array([128], np.uint8)))
+    return ops("QuantizeLinear", flat, scale, zero, axis=0), ops.unsqueeze(scale, 1)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, ops: Ops) -> None:
+    ops.register(graph)
+    graph.insert_before(node, ops.nodes)
+    graph.remove(node, safe=True)

@@ -23,7 +23,12 @@ SAMPLES, LENGTH = 16, 64
 
 
 def shrink_config(layout: Layout) -> Layout:
-    """The layout with few blocks and narrow axes, as a config that transformers accepts."""
+    """The layout with few blocks and narrow axes, as a config that transformers accepts.
+
+    Without blocks (ResNet) it stays as it is: such a model is small.
+    """
+    if not layout.arch.depth:
+        return layout
     sizes = {name: min(size, SMALL.get(name, size)) for name, size in layout.families.items()}
     heads = math.prod(sizes[a] for a in ("kv_heads", "queries", "heads") if a in sizes)
     sizes["hidden"] = min(sizes["hidden"], heads * sizes.get("head_dim", 16))

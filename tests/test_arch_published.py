@@ -9,9 +9,12 @@ import json
 from dataclasses import dataclass
 
 import pytest
+import torch
 from tersor.compress.arch import names
-from tersor.compress.checkpoint import read_config
+from tersor.compress.checkpoint import quiet, read_config
 from tersor.compress.errors import RecipeError
+from tersor.compress.layout import model_class
+from tersor.compress.smoke import shrink_config
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,16 @@ def test_published_configs_are_understood_and_counted(name, tmp_path):
     layout = read_config(tmp_path, published.task)
     assert layout.arch.model_type == published.model_type
     assert layout.parameters == published.parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_shrink_to_a_model_that_runs_in_seconds(name, tmp_path):
+    (tmp_path / "config.json").write_text(PUBLISHED[name].config, "utf-8")
+    small = shrink_config(read_config(tmp_path, PUBLISHED[name].task))
+    with torch.random.fork_rng(devices=[]), quiet():
+        model = model_class(small.config, small.task)._from_config(small.config)
+    assert small.shapes() == {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    assert small.parameters < 30_000_000
 
 
 def test_every_architecture_has_a_published_config():

@@ -28,7 +28,7 @@ FORMAT = 1
 README = """# {title}
 
 An ONNX model written by tersor: `{model_type}`, task `{task}`, opset {opset}, {parameters:,} parameters.
-Inputs: {inputs}, int64 `[batch, sequence]`. Outputs: {outputs}.
+Inputs: {inputs}, int64 `[{rows}]`. Outputs: {outputs}.
 
 {interface}
 
@@ -57,6 +57,12 @@ segments = np.array([[i < len(s) for i in range(max(map(len, sequences)))] for s
 ids = np.zeros_like(segments); ids[segments == 1] = np.concatenate(sequences)
 outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
 
+STATIC_CODE = """import numpy as np, onnxruntime
+sequences = [{examples}]  # token ids
+ids, segments = np.zeros((2, {rows}, {width}), np.int64); n = sum(map(len, sequences))  # all in the first row
+ids[0, :n], segments[0, :n] = np.concatenate(sequences), np.repeat([1, 2], [len(s) for s in sequences])
+outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -81,18 +87,12 @@ class Artifact:
         try:
             manifest = json.loads(place.read_text("utf-8"))
         except FileNotFoundError as error:
-            raise PreflightError(
-                str(directory), f"no {MANIFEST}", "a directory that `tersor export` wrote"
-            ) from error
+            raise PreflightError(str(directory), f"no {MANIFEST}", "a directory that `tersor export` wrote") from error
         except (OSError, ValueError) as error:
             raise PreflightError(str(place), f"an unreadable file ({error})", "a JSON object") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise PreflightError(str(place), "an unknown format", f"an artifact of format {FORMAT}")
-        missing = [
-            k
-            for k in ("inputs", "outputs", "files", "limits", "task", "packing", "model")
-            if k not in manifest
-        ]
+        missing = [k for k in ("inputs", "outputs", "files", "limits", "task", "packing", "model") if k not in manifest]
         if missing:
             raise PreflightError(str(place), f"no {missing[0]}", "a whole manifest", "Export again.")
         for name in (*manifest["files"], manifest["model"]):
@@ -108,6 +108,12 @@ class Artifact:
     def packed(self) -> bool:
         """Whether a row may hold several segments."""
         return bool(self.manifest["packing"] != "padded")
+
+    @property
+    def static(self) -> tuple[int, int] | None:
+        """Rows and width of every call, or None where shapes are free."""
+        fixed = self.manifest.get("static")
+        return None if fixed is None else (int(fixed["rows"]), int(fixed["width"]))
 
     @property
     def inputs(self) -> list[str]:
@@ -133,9 +139,7 @@ class Artifact:
     @property
     def bytes(self) -> int:
         """Size of the graph and its data."""
-        return sum(
-            (self.directory / n).stat().st_size for n in self.manifest["files"] if n.startswith("model.onnx")
-        )
+        return sum((self.directory / n).stat().st_size for n in self.manifest["files"] if n.startswith("model.onnx"))
 
     def changed(self) -> list[str]:
         """Files whose content is not what was written."""
@@ -154,9 +158,7 @@ def resolve(directory: Path, name: Any) -> Path:
         raise PreflightError(f"{directory / MANIFEST}: files", f"{name!r}", "a path inside the directory")
     found = directory / str(name)
     if not found.is_file():
-        raise PreflightError(
-            str(found), "no such file", "every file that artifact.json lists", "Export again."
-        )
+        raise PreflightError(str(found), "no such file", "every file that artifact.json lists", "Export again.")
     return found
 
 
@@ -194,16 +196,19 @@ def snippet(facts: Mapping[str, Any]) -> str:
     names = [i["name"] for i in facts["inputs"]]
     values = {"input_ids": "ids", "attention_mask": "segments", "token_type_ids": "ids * 0"}
     feed = "{" + ", ".join(f'"{n}": {values[n]}' for n in names) + "}"
-    code = PADDED_CODE if facts["packing"] == "padded" else PACKED_CODE
+    code = {"padded": PADDED_CODE, "packed": PACKED_CODE, "packed-static": STATIC_CODE}[facts["packing"]]
     high = facts["limits"]["vocab"] - 1
     examples = f"[{min(7, high)}, {min(8, high)}, {min(9, high)}], [{min(4, high)}, {min(5, high)}]"
-    return code.format(examples=examples, file=facts["model"], feed="@").replace("@", feed)
+    fixed = facts.get("static") or {}
+    return code.format(examples=examples, file=facts["model"], feed="@", **fixed).replace("@", feed)
 
 
 def write_readme(directory: Path, facts: Mapping[str, Any]) -> None:
     """README.md of the artifact."""
     names = [o["name"] for o in facts["outputs"]]
     order = "`sentence_embedding` has one row a sequence, row by row in the order in which segments begin."
+    if facts.get("static"):
+        order = "`sentence_embedding[r, k - 1]` belongs to segment k of row r."
     interface = (
         PADDED
         if facts["packing"] == "padded"
@@ -216,6 +221,7 @@ def write_readme(directory: Path, facts: Mapping[str, Any]) -> None:
         opset=facts["opset"],
         parameters=facts["parameters"],
         inputs=", ".join(f"`{i['name']}`" for i in facts["inputs"]),
+        rows=", ".join(map(str, facts["inputs"][0]["shape"])),
         outputs=", ".join(f"`{o['name']}` `[{', '.join(map(str, o['shape']))}]`" for o in facts["outputs"]),
         interface=interface.strip(),
         code=snippet(facts),

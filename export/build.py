@@ -16,13 +16,16 @@ from .pooling import Pooling
 from .stitch import stitch
 
 
-def build(checkpoint: Checkpoint, inputs: str, opset: int) -> tuple[ir.Model, dict[str, Any]]:
+def build(
+    checkpoint: Checkpoint, inputs: str, opset: int, static: tuple[int, int] | None = None
+) -> tuple[ir.Model, dict[str, Any]]:
     """The model, without metadata, and its description.
 
     Args:
         checkpoint: not changed.
         inputs: see `stitch.stitch`.
         opset: of the default domain.
+        static: rows and width of every call; for `packed-static`.
 
     Raises:
         RecipeError: the pooling or an attention argument is not understood.
@@ -33,14 +36,35 @@ def build(checkpoint: Checkpoint, inputs: str, opset: int) -> tuple[ir.Model, di
     module.config.use_cache = False
     model = core(module, layout.arch.token_types, layout.depth, opset)
     stitch(model, pooling, Clock(layout.arch.positions_count, layout.first_position), inputs)
-    return model, facts(checkpoint, model, pooling, inputs, opset)
+    if static is not None:
+        fix(model, static)
+    return model, facts(checkpoint, model, pooling, inputs, opset, static)
+
+
+def fix(model: ir.Model, shape: tuple[int, int]) -> None:
+    """Give all inputs one shape, `[rows, width]`, and fold what follows from it, in place."""
+    from onnxscript.optimizer import optimize_ir
+
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(shape)
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        value.shape = ir.Shape([*shape, *list(value.shape)[2:]])
+    optimize_ir(model)
+    trace.strip(model)
 
 
 def facts(
-    checkpoint: Checkpoint, model: ir.Model, pooling: Pooling | None, inputs: str, opset: int
+    checkpoint: Checkpoint,
+    model: ir.Model,
+    pooling: Pooling | None,
+    inputs: str,
+    opset: int,
+    static: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """What artifact.json says of the model, but for files and parity."""
     layout = checkpoint.layout
+    bounds = [n for n in (layout.longest, static and static[1]) if n is not None]
     return {
         "model": trace.MODEL_FILE,
         "model_type": layout.arch.model_type,
@@ -50,7 +74,8 @@ def facts(
         "packing": inputs,
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
-        "limits": {"vocab": layout.sizes["vocab"], "max_length": layout.longest},
+        "limits": {"vocab": layout.sizes["vocab"], "max_length": min(bounds, default=None)},
+        "static": None if static is None else {"rows": static[0], "width": static[1]},
         "pooling": None if pooling is None else pooling.as_json(),
         "parameters": layout.parameters,
         "produced_by": {"torch": torch.__version__},

@@ -15,6 +15,7 @@ import numpy as np
 
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import Output
+from tersor.compress.packing import pack
 
 from .artifact import Artifact
 
@@ -25,7 +26,7 @@ class Client:
     Args:
         directory: an artifact.
         threads: intra-op threads of ONNX Runtime; None lets it take one a core.
-        tokens_per_call: upper bound of tokens in a call, padding included; a longer sequence has a call of its own.
+        tokens_per_call: upper bound of tokens in a call; a longer sequence has a call of its own.
 
     Raises:
         PreflightError: the directory is no whole artifact.
@@ -47,9 +48,7 @@ class Client:
             self.session = onnxruntime.InferenceSession(
                 str(self.artifact.model_path), options, providers=["CPUExecutionProvider"]
             )
-        except (
-            Exception
-        ) as error:  # ORT raises its own types for one cause: the file is not a model it can run
+        except Exception as error:  # ORT raises its own types for one cause: the file is not a model it can run
             reason = str(error).splitlines()[0][:200]
             raise PreflightError(
                 str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file"
@@ -99,9 +98,7 @@ class Client:
 
             path = self.artifact.directory / "tokenizer.json"
             if not path.is_file():
-                raise PreflightError(
-                    str(path), "no such file", "a tokenizer", "Pass token ids instead of texts."
-                )
+                raise PreflightError(str(path), "no such file", "a tokenizer", "Pass token ids instead of texts.")
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -131,36 +128,31 @@ class Client:
     def plan(self, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
         """Calls as lists of rows, each row a list of sequence numbers; every number once.
 
-        Packed: one row a call, in arrival order; a row is as long as its sequences, so nothing is padded.
-        Padded: rows of similar length, so that little is.
+        Packed: one row a call, in arrival order; a row is as long as its sequences, so nothing is padded, and the graph
+        does not care how they lie. Static: best-fit rows. Padded: one a row, in arrival order.
         """
-        budget = self.tokens_per_call
-        if self.artifact.packed:
-            row, used = [], 0
-            for number, length in enumerate(lengths):
-                if row and used + length > budget:
-                    yield [row]
-                    row, used = [], 0
-                row.append(number)
-                used += length
-            if row:
-                yield [row]
+        static = self.artifact.static
+        if static is not None:
+            rows = pack(lengths, static[1])
+            yield from (rows[i : i + static[0]] for i in range(0, len(rows), static[0]))
             return
-        rows: list[list[int]] = []
-        for number in np.argsort(lengths, kind="stable"):
-            if rows and (len(rows) + 1) * lengths[number] > budget:
-                yield rows
-                rows = []
-            rows.append([int(number)])
-        if rows:
-            yield rows
+        call: list[int] = []
+        used = 0
+        for number, length in enumerate(lengths):
+            if call and used + length > self.tokens_per_call:
+                yield [call] if self.artifact.packed else [[n] for n in call]
+                call, used = [], 0
+            call.append(number)
+            used += length
+        if call:
+            yield [call] if self.artifact.packed else [[n] for n in call]
 
-    def run(
-        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray], outputs: Sequence[str] | None = None
-    ) -> dict[str, list[np.ndarray]]:
-        """One call: `rows` of sequence numbers, `ids` by number. Answers by output name, in the rows' order."""
-        width = max(sum(len(ids[n]) for n in row) for row in rows)
-        tokens = np.zeros((len(rows), width), np.int64)
+    def feed(
+        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int, int]]]:
+        """Inputs of one call, and where each sequence lies: (row, place in the row, start, end)."""
+        height, width = self.artifact.static or (len(rows), max(sum(len(ids[n]) for n in row) for row in rows))
+        tokens = np.zeros((height, width), np.int64)
         segments = np.zeros_like(tokens)
         spans = []
         for r, row in enumerate(rows):
@@ -168,13 +160,26 @@ class Client:
             for k, number in enumerate(row):
                 end = start + len(ids[number])
                 tokens[r, start:end], segments[r, start:end] = ids[number], k + 1
-                spans.append((r, start, end))
+                spans.append((r, k, start, end))
                 start = end
-        feed = {"input_ids": tokens, "attention_mask": segments, "token_type_ids": np.zeros_like(tokens)}
+        made = {"input_ids": tokens, "attention_mask": segments, "token_type_ids": np.zeros_like(tokens)}
+        return {name: made[name] for name in self.artifact.inputs}, spans
+
+    def run(
+        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, list[np.ndarray]]:
+        """`rows` of sequence numbers, `ids` by number. Answers by output name, in the rows' order."""
         names = list(outputs or self.outputs)
-        results = self.session.run(names, {k: v for k, v in feed.items() if k in self.artifact.inputs})
-        answers = {}
-        for name, result in zip(names, results, strict=True):
-            per_sequence = name == "sentence_embedding"
-            answers[name] = list(result) if per_sequence else [result[r, a:b] for r, a, b in spans]
+        answers: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        static = self.artifact.static
+        height = static[0] if static is not None else len(rows)
+        for first in range(0, len(rows), height):
+            feed, spans = self.feed(rows[first : first + height], ids)
+            for name, result in zip(names, self.session.run(names, feed), strict=True):
+                if name != "sentence_embedding":
+                    answers[name] += [result[r, start:end] for r, _, start, end in spans]
+                elif static is not None:
+                    answers[name] += [result[r, k] for r, k, _, _ in spans]
+                else:
+                    answers[name] += list(result)
         return answers

@@ -123,9 +123,10 @@ class Segments(Front):
         total = ops.size(self._index)
         self._lengths = ops("Sub", ops("Concat", ops.slice(self._starts, 1), total, axis=0), self._starts)
         self.ids_at = ops("Where", ops("Less", key, before), ops.constant([POISON]), self._index)
-        time, runs = _time(ops, mask, ids, clock)
+        time, origin, runs = _time(ops, mask, ids, clock)
         ticks = ops("Gather", ops.reshape(time, -1), self._index)
-        first = ops("Gather", ops("Gather", ticks, self._starts), self._segment)
+        origins = ops("Gather", ops.reshape(origin, -1), self._index)
+        first = ops("Gather", ops("Gather", origins, self._starts), self._segment)
         later = ops("Greater", number, ops.constant([1]))
         position = ops("Sub", ticks, ops("Where", later, first, ops.constant([0])))
         if runs is not None:
@@ -144,9 +145,7 @@ class Segments(Front):
             empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
             filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
             first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
-            their = ops(
-                "Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0
-            )
+            their = ops("Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0)
             longest = ops("ReduceMax", their, keepdims=1)
             view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), last)
             self._views.append((view, their))
@@ -229,8 +228,8 @@ class Cells(Front):
         columns = ops("Expand", self._columns, self._shape)
         inside = ops("Where", self._same, ops.unsqueeze(columns, 1), ops.constant(1 << 30))
         self._start = ops("ReduceMin", inside, ops.constant([2]), keepdims=0)
-        time, runs = _time(ops, mask, ids, clock)
-        first = ops("GatherElements", time, self._start, axis=1)
+        time, origin, runs = _time(ops, mask, ids, clock)
+        first = ops("GatherElements", origin, self._start, axis=1)
         later = ops("Greater", mask, ops.constant(1))
         self._grid = ops("Sub", time, ops("Where", later, first, ops.constant(0)))
         position = _from(ops, self._grid, runs, clock)
@@ -289,17 +288,20 @@ class Cells(Front):
         return _normalized(ops, mean) if pooling.normalize else mean
 
 
-def _time(ops: Ops, mask: ir.Value, ids: ir.Value, clock: Clock) -> tuple[ir.Value, ir.Value | None]:
-    """The clock at every cell, int64 `[batch, sequence]`, from 0; and, where ids count, which cells it counts."""
+def _time(ops: Ops, mask: ir.Value, ids: ir.Value, clock: Clock) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """The clock at every cell from 0, int64 `[batch, sequence]`; what a segment that starts there subtracts; and,
+    where ids count, 1 at cells that it counts."""
     shape = ops("Shape", mask)
     if clock.counts == "columns":
-        return ops("Expand", ops.range(ops.size(mask, 1)), shape), None
+        time = ops("Expand", ops.range(ops.size(mask, 1)), shape)
+        return time, time, None
     if clock.counts == "mask":
         runs = ops("Cast", ops("Greater", mask, ops.constant(0)), to=ir.DataType.INT64)
     else:
         runs = ops("Cast", ops("Not", ops("Equal", ids, ops.constant(clock.first - 1))), to=ir.DataType.INT64)
-    time = ops("Sub", ops("CumSum", runs, ops.constant(1)), ops.constant(1))
-    return time, runs if clock.counts == "ids" else None
+    count = ops("CumSum", runs, ops.constant(1))
+    time, origin = ops("Sub", count, ops.constant(1)), ops("Sub", count, runs)
+    return time, origin, runs if clock.counts == "ids" else None
 
 
 def _from(ops: Ops, position: ir.Value, runs: ir.Value | None, clock: Clock) -> ir.Value:

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from .ops import CONTRIB, Ops
+
+if TYPE_CHECKING:
+    from .client import Client
 
 KEEP = 0.1
 """Relative error ‖ŷ − y‖ / ‖y‖ of one product above which it stays in float32."""
@@ -69,6 +73,40 @@ def error(x: np.ndarray, weight: np.ndarray) -> float:
     small, scale = columns(weight)
     exact = x @ weight
     return float(np.linalg.norm(lines(x) @ (small * scale) - exact) / max(np.linalg.norm(exact), 1e-30))
+
+
+def choose(model: ir.Model, client: Client, ids: Sequence[np.ndarray]) -> dict[str, float]:
+    """Products that int8 would move by more than `KEEP` on real tokens, with that error.
+
+    Args:
+        model: float32, the one that `client` runs.
+        client: for the layout of inputs.
+        ids: token sequences, int64 `[n_i]`.
+    """
+    import onnxruntime
+
+    found = products(model.graph)
+    inputs = {str(p.node.inputs[0].name): p.node.inputs[0] for p in found if p.node.inputs[0] is not None}
+    outputs = list(model.graph.outputs)
+    seen = [v for v in inputs.values() if not any(v is o for o in outputs)]
+    path = client.artifact.directory / "probe.onnx"
+    model.graph.outputs.extend(seen)
+    try:
+        ir.save(model, path, external_data="probe.onnx.data")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    finally:
+        del model.graph.outputs[len(outputs) :]
+        for leftover in (path, path.with_name("probe.onnx.data")):
+            leftover.unlink(missing_ok=True)
+    rows = next(iter(client.plan([len(i) for i in ids])))
+    values = dict(zip(inputs, session.run(list(inputs), client.feed(rows, ids)[0]), strict=True))
+    errors = {}
+    for p in found:
+        x = values[str(p.node.inputs[0].name)]  # type: ignore[union-attr]
+        errors[p.name] = error(x.reshape(-1, p.weight.shape[0]), p.weight)
+    return {name: value for name, value in errors.items() if value > KEEP}
 
 
 def quantize(model: ir.Model, keep: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The exporter `onnx`: an encoder's features or a decoder's scores as one ONNX file, held against float64.
 
-Float32 throughout: ONNX Runtime's CPU has no bfloat16 MatMul and rewrites float16 to float32. What is written either
-passes parity (parity.py) or does not exist.
+Float32, or int8 on top of it: ONNX Runtime's CPU has no bfloat16 MatMul and rewrites float16 to float32. What is
+written either passes parity (parity.py) or does not exist. An int8 file is first a float32 file that passes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ class Onnx(Exporter):
     """Options of `use: onnx`.
 
     Attributes:
-        inputs: `packed` takes several sequences a row (segment numbers in `attention_mask`), `padded` one.
+        inputs: `packed` takes several sequences a row (segment numbers in `attention_mask`) and removes padding inside
+            the graph; `padded` one a row, otherwise the same; `packed-static` is for runtimes without dynamic shapes.
+        precision: of products and tables; `int8` keeps a scale a token (int8.py).
         opset: ONNX opset; 23 has the standard Attention, 24 gives it key lengths, which is faster than a mask.
+        width: tokens in a row of `packed-static`.
+        rows: rows in a call of `packed-static`.
     """
 
-    inputs: Literal["padded", "packed"] = "packed"
+    inputs: Literal["padded", "packed", "packed-static"] = "packed"
+    precision: Literal["float32", "int8"] = "float32"
     opset: int = Field(default=24, ge=23, le=24)
+    width: Literal[128, 256, 512] = 256
+    rows: int = Field(default=4, ge=1, le=1024)
 
     def requires(self, layout: Layout) -> Forecast:
         """Check task and architecture; the peak is a float32 and a float64 copy beside the graph's weights.
@@ -52,7 +59,8 @@ class Onnx(Exporter):
                 f"{layout.arch.model_type}, which takes no position_ids",
                 "an architecture that does",
             )
-        return Forecast(layout, memory=layout.parameters * 16, notes=(f"onnx: float32, {self.inputs} input",))
+        note = f"onnx: {self.precision}, {self.inputs} input"
+        return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
 
     def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint (see `Exporter`)."""
@@ -63,19 +71,25 @@ class Onnx(Exporter):
             _empty(directory)
             raise
 
-    def _write(
-        self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
-    ) -> dict[str, Any]:
-        from . import artifact, parity, trace
+    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+        from . import artifact, int8, parity, trace
         from .build import build
 
-        model, facts = build(checkpoint, self.inputs, self.opset)
+        static = (self.rows, self.width) if self.inputs == "packed-static" else None
+        model, facts = build(checkpoint, self.inputs, self.opset, static)
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)
         artifact.write_readme(directory, facts)
         artifact.write_manifest(directory, facts)
         client = Client(directory, threads=1)
         figures = parity.hold(checkpoint, client, samples)
+        if self.precision == "int8":
+            kept = int8.choose(model, client, parity.sample(client, samples))
+            int8.quantize(model, list(kept))
+            trace.save(model, directory)
+            facts = {**facts, "precision": "int8", "kept_float32": kept, "parity_float32": figures}
+            artifact.write_manifest(directory, facts)
+            figures = parity.hold_int8(checkpoint, Client(directory, threads=1), samples)
         return artifact.write_manifest(directory, {**facts, "parity": figures})
 
     def open(self, directory: Path, threads: int | None = None) -> Client:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tersor.compress.errors import ParityMissed
+from tersor.compress.packing import pack
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint
@@ -31,6 +32,10 @@ LENGTHS = (1, 2, 3, 17, 40, 71)
 LONGEST = 160
 """Real samples are cut here: float64 attention on long rows buys no further certainty."""
 REAL = 6
+COSINE = 0.8
+"""Mean cosine under which an int8 file is taken for broken rather than coarse."""
+DRIFT = 0.01
+"""How far, of the scale, a neighbour may move an int8 answer: float32 noise that tips a rounding, not a shared scale."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,21 @@ def sequences(samples: Sequence[np.ndarray], vocab: int, longest: int, seed: int
 
 def reference(checkpoint: Checkpoint, ids: Sequence[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
     """The stock model's main output on each sequence alone: `[n_i, width]` logits or states."""
-    model, first = checkpoint.model(dtype), checkpoint.layout.first_position
+    model = checkpoint.model(dtype)
     with torch.no_grad():
-        # A model that derives positions from its padding id would take a drawn id of that value for padding.
-        extra = ({"position_ids": torch.arange(first, first + len(i))[None]} if first else {} for i in ids)
-        outs = (model(input_ids=torch.from_numpy(i)[None], **e) for i, e in zip(ids, extra, strict=True))
+        outs = (model(input_ids=torch.from_numpy(i)[None]) for i in ids)
         return [(o.logits if hasattr(o, "logits") else o.last_hidden_state)[0].numpy() for o in outs]
 
 
-def arrangements(count: int, packed: bool) -> Iterator[list[list[int]]]:
-    """Ways to lay sequences 0 … count−1 into the rows of one call."""
+def arrangements(lengths: Sequence[int], client: Client) -> Iterator[list[list[int]]]:
+    """Ways to lay sequences 0 … n−1 into the rows of one call."""
+    count, static = len(lengths), client.artifact.static
     for i in range(0, count, 4):
         yield [[i]]
     yield [[i] for i in range(count)]
-    if packed:
+    if static is not None:
+        yield pack(lengths, static[1])
+    elif client.artifact.packed:
         yield [list(range(count))]
         yield [list(range(count))[::2], list(range(count))[1::2]]
 
@@ -97,23 +103,72 @@ def _distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
     return max(float(np.abs(x.astype(np.float64) - y).max()) for x, y in zip(a, b, strict=True))
 
 
+def sample(client: Client, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The sequences on which an artifact is judged."""
+    return sequences(samples, client.artifact.vocab, client.artifact.max_length or LONGEST)
+
+
+def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) -> list[np.ndarray]:
+    """What an output should be, from each sequence's logits or states `[n_i, width]`."""
+    return [pooled(v, pooling) for v in values] if name == "sentence_embedding" else list(values)
+
+
 def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray]) -> dict[str, Figures]:
     """Figures by output name."""
-    ids = sequences(samples, client.artifact.vocab, client.artifact.max_length or LONGEST)
+    ids = sample(client, samples)
     exact, single = (reference(checkpoint, ids, d) for d in (torch.float64, torch.float32))
-    calls = [(rows, client.run(rows, ids)) for rows in arrangements(len(ids), client.artifact.packed)]
+    calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
     found = {}
     for name in calls[0][1]:
-        if name == "sentence_embedding":
-            pooling = client.artifact.pooling
-            want, plain = ([pooled(v, pooling) for v in values] for values in (exact, single))
-        else:
-            want, plain = exact, single
+        want, plain = (by_output(name, v, client.artifact.pooling) for v in (exact, single))
         errors = [_distance(got[name], [want[i] for row in rows for i in row]) for rows, got in calls]
         torch_error = _distance(plain, want)
         limit = max(2 * torch_error, 1e-6 * _scale(want, by_norm=name != "logits"))
         worst = float("nan") if any(np.isnan(errors)) else max(errors)
         found[name] = Figures(worst, torch_error, limit, len(ids), len(calls))
+    return found
+
+
+def _cosines(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
+    pairs = zip(a, b, strict=True)
+    rows = [(np.atleast_2d(x.astype(np.float64)), np.atleast_2d(y.astype(np.float64))) for x, y in pairs]
+    norms = [np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1) for x, y in rows]
+    return np.concatenate([(x * y).sum(1) / np.maximum(n, 1e-30) for (x, y), n in zip(rows, norms, strict=True)])
+
+
+def hold_int8(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Judge a quantised graph; how much it may lose is the recipe's gate to say, here only that it is not broken.
+
+    Raises:
+        ParityMissed: answers that have little to do with float64, or that depend on their neighbours.
+    """
+    ids = sample(client, samples)
+    exact = reference(checkpoint, ids, torch.float64)
+    calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
+    alone = client.run([[i] for i in range(len(ids))], ids)
+    found = {}
+    for name in alone:
+        want = by_output(name, exact, client.artifact.pooling)
+        order = [[i for row in rows for i in row] for rows, _ in calls]
+        cosine = np.concatenate(
+            [_cosines(got[name], [want[i] for i in o]) for o, (_, got) in zip(order, calls, strict=True)]
+        )
+        drift = max(_distance(got[name], [alone[name][i] for i in o]) for o, (_, got) in zip(order, calls, strict=True))
+        scale = _scale(want, by_norm=name != "logits")
+        found[name] = {
+            "rule": f"mean cosine to fp64 >= {COSINE}, packed against alone <= {DRIFT} scale",
+            "cosine_mean": float(cosine.mean()),
+            "cosine_min": float(cosine.min()),
+            "packed_against_alone": drift,
+            "scale": scale,
+        }
+        if not (cosine.mean() >= COSINE and drift <= DRIFT * scale):
+            raise ParityMissed(
+                f"parity of {name} in int8",
+                f"mean cosine {cosine.mean():.4f}, packed against alone {drift:.2g}",
+                f"at least {COSINE} and at most {DRIFT * scale:.2g}",
+                "Export float32, or leave more of the model in it.",
+            )
     return found
 
 

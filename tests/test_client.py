@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.export.client import Client
 from tersor.export.onnx import Onnx
@@ -21,6 +23,7 @@ def artifacts(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ("encoder", "bert", "packed"),
         ("padded", "bert", "padded"),
         ("decoder", "llama", "packed"),
+        ("static", "bert", "packed-static"),
     ):
         made[name] = tmp_path_factory.mktemp(name)
         Onnx(inputs=inputs).write(tiny(model_type), made[name], [])  # type: ignore[arg-type]
@@ -32,11 +35,9 @@ def sequences(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
     return [draw.integers(0, 100, n) for n in lengths]
 
 
-@pytest.mark.parametrize("name", ["encoder", "padded", "decoder"])
+@pytest.mark.parametrize("name", ["encoder", "padded", "decoder", "static"])
 @pytest.mark.parametrize("budget", [1, 16, 1024])
-def test_answers_come_in_arrival_order_whatever_the_calls(
-    name: str, budget: int, artifacts: dict[str, Path]
-) -> None:
+def test_answers_come_in_arrival_order_whatever_the_calls(name: str, budget: int, artifacts: dict[str, Path]) -> None:
     client = Client(artifacts[name], threads=1, tokens_per_call=budget)
     ids = sequences([5, 1, 30, 2, 17, 9, 64, 3])
     got = client(ids)
@@ -54,15 +55,57 @@ def test_no_sequences_no_answers(artifacts: dict[str, Path]) -> None:
     assert Client(artifacts["encoder"], threads=1)([]) == []
 
 
-def test_a_call_keeps_to_the_token_budget(artifacts: dict[str, Path]) -> None:
+def test_every_sequence_is_in_one_call_that_keeps_to_its_budget(artifacts: dict[str, Path]) -> None:
     lengths = [5, 1, 30, 2, 17, 9, 64, 3]
-    for name in ("encoder", "padded"):
+    for name in ("encoder", "padded", "static"):
         client = Client(artifacts[name], threads=1, tokens_per_call=32)
         calls = list(client.plan(lengths))
         assert sorted(n for rows in calls for row in rows for n in row) == list(range(len(lengths)))
         for rows in calls:
-            width = max(sum(lengths[n] for n in row) for row in rows)
-            assert len(rows) * width <= 32 or rows == [[6]]
+            tokens = sum(lengths[n] for row in rows for n in row)
+            assert tokens <= 32 or name == "static" or [n for row in rows for n in row] == [6]
+    assert [len(calls) for calls in (list(Client(artifacts["static"], threads=1).plan([60] * 21)),)] == [2]
+
+
+@pytest.fixture(scope="module")
+def known(artifacts: dict[str, Path]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Twelve sequences and the embedding of each alone."""
+    ids = sequences([1, 2, 3, 5, 8, 13, 21, 31, 33, 40, 63, 64])
+    client = Client(artifacts["encoder"], threads=1)
+    return ids, np.stack([client([i])[0] for i in ids])
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_arrangement_gives_each_sequence_its_own_answer(
+    data: st.DataObject, artifacts: dict[str, Path], known: tuple[list[np.ndarray], np.ndarray]
+) -> None:
+    """Rows, gaps before, between and behind, numbers that skip: nothing lost, nothing reordered."""
+    ids, alone = known
+    global_client = CLIENTS.setdefault(str(artifacts["encoder"]), Client(artifacts["encoder"], threads=1))
+    rows = data.draw(st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=6), min_size=1, max_size=4))
+    laid = []
+    for row in rows:
+        tokens, numbers, number = [], [], 1  # a gap before segment 1 would move its positions, as in the stock model
+        for place, sequence in enumerate(row):
+            number += data.draw(st.integers(1, 3)) if place else 0
+            gap = data.draw(st.integers(0, 3)) if place else 0
+            tokens += [0] * gap + ids[sequence].tolist()
+            numbers += [0] * gap + [number] * len(ids[sequence])
+        laid.append((tokens, numbers))
+    width = max(len(t) for t, _ in laid) + data.draw(st.integers(0, 3))
+    feed = {
+        "input_ids": np.array([t + [0] * (width - len(t)) for t, _ in laid], np.int64),
+        "attention_mask": np.array([n + [0] * (width - len(n)) for _, n in laid], np.int64),
+    }
+    feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+    (got,) = global_client.session.run(["sentence_embedding"], feed)
+    want = alone[[sequence for row in rows for sequence in row]]
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() < 2e-5
+
+
+CLIENTS: dict[str, Client] = {}
 
 
 @pytest.mark.parametrize(

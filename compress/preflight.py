@@ -98,7 +98,7 @@ def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
         "recipe": recipe.digest,
         "weights": {p.name: hash_file(p) for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")},
         "data": {
-            part: _hash_source(data, recipe.base)
+            part: hash_source(data, recipe.base)
             for part in ("calibration", "heldout")
             if (data := getattr(recipe.data, part)) is not None
         },
@@ -108,7 +108,8 @@ def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
     }
 
 
-def _hash_source(source: Source, base: Path | None) -> str:
+def hash_source(source: Source, base: Path | None) -> str:
+    """SHA-256 (hex) over the names and contents of the files that a source reads."""
     from .units import files
 
     digest = hashlib.sha256()

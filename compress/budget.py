@@ -96,8 +96,11 @@ def _heads(layout: Layout, axes: Sequence[str]) -> list[Sizes]:
     axis = head_axis(layout)
     if axis not in axes:
         return [{}]
-    count = layout.families[axis]
-    return [{}, *({axis: left} for left in range(count - 1, max(count // 2, 1) - 1, -1))]
+    count, d = layout.families[axis], layout.families["hidden"]
+    found: list[Sizes] = [{}, *({axis: left} for left in range(count - 1, max(count // 2, 1) - 1, -1))]
+    if "hidden" in axes or layout.arch.axis("hidden") is None:
+        return found
+    return [sizes for sizes in found if d % layout.grid("hidden", sizes) == 0]  # hidden stays, heads must divide it
 
 
 def _line(layout: Layout, sizes: Sizes, axis: str, step: int) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from tersor.compress.checkpoint import Checkpoint, named_parameters
 from tersor.compress.layout import Layout, model_class
 
 TINY = Path(__file__).parent / "tiny"
-TASKS = ("text-generation", "feature-extraction", "image-classification")
+TASKS = ("text-generation", "image-classification", "feature-extraction")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 

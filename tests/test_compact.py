@@ -47,15 +47,15 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["writer", "readers"])
 @pytest.mark.parametrize("model_type", names())
 def test_zero_units_leave_and_outputs_stay(model_type, side, tiny):
-    for name in compactable(tiny(model_type).layout):
+    for word, name in compactable(tiny(model_type).layout).items():
         checkpoint = tiny(model_type)
         planted = plant(checkpoint, name, [1] * checkpoint.layout.depth, side)
-        assert {
-            a: u.tolist() for a, u in dead_units(checkpoint.layout, checkpoint.tensors, name).items()
-        } == {a: u.tolist() for a, u in planted.items()}
+        assert {a: u.tolist() for a, u in dead_units(checkpoint.layout, checkpoint.tensors, name).items()} == {
+            a: u.tolist() for a, u in planted.items()
+        }
         before, context = logits(checkpoint), Context([])
         size = checkpoint.layout.families[name]
-        Compact(on=(name,)).apply(checkpoint, context)
+        Compact(on=(word,)).apply(checkpoint, context)
         assert checkpoint.layout.families[name] == size - 1
         assert context.details["removed"] == {name: 1}
         assert float((logits(checkpoint) - before).abs().max()) <= 2e-5 * float(before.abs().max())
@@ -93,13 +93,13 @@ def test_groups_leave_only_in_counts_that_the_config_can_state(tiny):
     checkpoint = tiny("llama", hidden_size=45, num_attention_heads=15, num_key_value_heads=5, head_dim=4)
     plant(checkpoint, "kv_heads", [2, 2], "writer")
     before, context = logits(checkpoint), Context([])
-    Compact(on=("kv_heads",)).apply(checkpoint, context)
+    Compact(on=("heads",)).apply(checkpoint, context)
     assert checkpoint.layout.families["kv_heads"] == 3
     assert checkpoint.config.num_attention_heads == 9
     assert float((logits(checkpoint) - before).abs().max()) <= 2e-5 * float(before.abs().max())
     odd = tiny("llama", hidden_size=40, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     plant(odd, "kv_heads", [1, 1], "writer")
-    Compact(on=("kv_heads",)).apply(odd, Context([]))
+    Compact(on=("heads",)).apply(odd, Context([]))
     assert odd.layout.families["kv_heads"] == 4
 
 
@@ -123,7 +123,7 @@ def test_at_least_one_unit_stays(tiny):
 def test_nothing_to_remove_changes_nothing(tiny):
     checkpoint = tiny("llama")
     before = dict(checkpoint.tensors)
-    Compact(on=("ffn", "kv_heads")).apply(checkpoint, Context([]))
+    Compact(on=("ffn", "heads")).apply(checkpoint, Context([]))
     assert all(checkpoint.tensors[n] is t for n, t in before.items())
 
 
@@ -149,11 +149,13 @@ def test_the_check_notices_an_axis_that_grew(tiny):
 
 def test_an_axis_that_cannot_leave_is_refused(tiny):
     with pytest.raises(
-        RecipeError, match=r"compact: on: found 'hidden', expected one of ffn, kv_heads for llama"
+        RecipeError, match=r"compact: on: found 'heads', expected ffn. A stock bert config keeps heads fixed"
     ):
-        Compact(on=("hidden",)).requires(tiny("llama").layout)
-    with pytest.raises(RecipeError, match=r"found 'heads', expected one of ffn for bert"):
         Compact(on=("heads",)).requires(tiny("bert").layout)
+    with pytest.raises(RecipeError, match="expected another architecture"):
+        Compact().requires(tiny("resnet").layout)
+    with pytest.raises(ValueError, match="'ffn' or 'heads'"):
+        Compact(on=("hidden",))
 
 
 def test_the_forecast_promises_nothing(tiny):

@@ -16,7 +16,7 @@ say so. No arithmetic is done on weights, so dtypes do not matter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -34,31 +34,29 @@ class Compact(Pass):
     """Remove units whose weights are exactly zero; outputs stay what they were.
 
     Attributes:
-        on: families of axes inside a branch: `ffn` (units), `kv_heads` or `heads` (attention groups).
+        on: what may leave: `ffn` (units), `heads` (attention heads, with grouped queries by groups).
     """
 
-    on: tuple[str, ...] = ("ffn",)
+    on: tuple[Literal["ffn", "heads"], ...] = ("ffn",)
 
     def requires(self, layout: Layout) -> Forecast:
         """Refuse axes that cannot leave; the shapes stay, because only the weights know the zeros."""
         known = compactable(layout)
-        for name in self.on:
-            if name not in known:
+        for word in self.on:
+            if word not in known:
                 raise RecipeError(
                     "compact: on",
-                    repr(name),
-                    f"one of {', '.join(known)} for {layout.arch.model_type}" if known else "",
-                    "" if known else f"{layout.arch.model_type} has no axis that can shrink inside a branch.",
+                    repr(word),
+                    " or ".join(known) or "another architecture",
+                    f"A stock {layout.arch.model_type} config keeps {word} fixed.",
                 )
-        return Forecast(
-            layout, notes=("zero units are known when the weights are read: none is counted here",)
-        )
+        return Forecast(layout, notes=("zero units are known when the weights are read: none is counted here",))
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Shrink every axis asked for, one after the other."""
         before = checkpoint.layout.parameters
         sizes, removed, left = {}, {}, {}
-        for name in self.on:
+        for name in (compactable(checkpoint.layout)[word] for word in self.on):
             dead = dead_units(checkpoint.layout, checkpoint.tensors, name)
             count = removable(checkpoint.layout, name, min(len(d) for d in dead.values()))
             remove(checkpoint, {axis: d[:count] for axis, d in dead.items()}, name, count)
@@ -86,10 +84,11 @@ class Compact(Pass):
         return [Check(", ".join(f"{n} is at most {size}" for n, size in sizes.items()), grown)]
 
 
-def compactable(layout: Layout) -> list[str]:
-    """Families of axes that may shrink and that only the inside of a branch sees."""
+def compactable(layout: Layout) -> dict[str, str]:
+    """The recipe's word → the family of axes that may shrink and that only the inside of a branch sees."""
     inner = {family(a) for b in layout.arch.branches for s in Dim.parse(b.inner).sections for a in s}
-    return [a.name for a in layout.arch.axes if a.shrinkable and a.name in inner]
+    free = [a.name for a in layout.arch.axes if a.shrinkable and a.name in inner]
+    return {"heads" if name == "kv_heads" else name: name for name in free}
 
 
 def dead_units(layout: Layout, tensors: Tensors, name: str) -> dict[str, torch.Tensor]:
@@ -100,9 +99,7 @@ def dead_units(layout: Layout, tensors: Tensors, name: str) -> dict[str, torch.T
             inner = Dim.parse(branch.inner)
             for axis in {a for s in inner.sections for a in s if family(a) == name}:
                 unheard = ~used(layout, tensors, [f"{branch.writes}.weight"], axis)
-                dead = unheard | (
-                    ~said(layout, tensors, branch.reads, axis) if keeps_zero(layout, inner) else False
-                )
+                dead = unheard | (~said(layout, tensors, branch.reads, axis) if keeps_zero(layout, inner) else False)
                 found[axis] = dead.nonzero().reshape(-1)
     return found
 

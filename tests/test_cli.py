@@ -324,3 +324,24 @@ def test_ctrl_c_is_one_line_and_resumable(run, recipe, tmp_path):
     assert "--resume" in one_line(err)
     assert list((tmp_path / "run").rglob("*.part")) == []
     assert run("apply", recipe, "--output", tmp_path / "run", "--threads", 1, "--resume")[0] == 0
+
+
+def test_usage_errors_are_exit_2(run, recipe):
+    code, _, err = run("apply", recipe, "--frobnicate")
+    assert code == 2
+    assert "--frobnicate" in err
+    code, _, err = run("apply", recipe, "--resume")
+    assert code == 2
+    assert "--output" in one_line(err)
+    code, _, err = run("validate", "quickstarted")
+    assert code == 2
+    assert "Did you mean 'quickstart'?" in one_line(err)
+
+
+def test_a_model_that_is_not_there_is_exit_5_and_no_hub_is_asked_offline(run, recipe, tmp_path):
+    code, _, err = run("plan", recipe, "--model", tmp_path / "nowhere")
+    assert code == 5
+    assert "no such directory" in one_line(err)
+    code, _, err = run("plan", recipe, "--model", "somebody/some-model", "--offline")
+    assert code == 5
+    assert "somebody/some-model: found a hub id that cannot be fetched" in one_line(err)

@@ -36,8 +36,9 @@ class Batch:
             self.inputs["attention_mask"] = real.long()
 
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[batch, length, n]` → `[tokens, n]` without padding."""
-        return hidden.flatten(0, 1) if self.real is None else hidden[self.real]
+        """`[batch, length, n]` → `[tokens, n]` without padding; some forwards have flattened it already."""
+        flat = hidden.flatten(0, -2)
+        return flat if self.real is None else flat[self.real.flatten()]
 
 
 def batches(sequences: Sequence[np.ndarray], layout: Layout, tokens: int = 4096) -> list[Batch]:
@@ -50,6 +51,17 @@ def batches(sequences: Sequence[np.ndarray], layout: Layout, tokens: int = 4096)
             groups.append([])
         groups[-1].append(sequence)
     return [Batch(group) for group in groups if group]
+
+
+def sample(sequences: Sequence[np.ndarray], tokens: int, seed: int) -> list[np.ndarray]:
+    """Sequences drawn without replacement until they hold about `tokens` tokens, in their original order."""
+    taken, held = [], 0
+    for number in np.random.default_rng(seed).permutation(len(sequences)).tolist():
+        if held >= tokens:
+            break
+        taken.append(number)
+        held += len(sequences[number])
+    return [sequences[number] for number in sorted(taken)]
 
 
 def finite(tensor: torch.Tensor, where: str) -> torch.Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from .basis import sensitivity, weighted_basis
-from .batches import Batch, batches
+from .batches import Batch, batches, sample
 from .budget import Sizes, head_axis
 from .checkpoint import Checkpoint, named_parameters
 from .fuse import cut, fuse, restate, rotate
@@ -19,6 +19,11 @@ from .loss import judge
 from .pass_ import Context
 from .refit import Refit, Side
 from .shrink import removal_orders, without
+
+SENSITIVITY_TOKENS = 16_384
+"""Tokens whose gradients are taken: a backward costs two forwards, and the metric is floored anyway."""
+SEARCH_TOKENS = 16_384
+"""Tokens that the models compared in a search are fitted on: enough to rank them."""
 
 
 @dataclass
@@ -47,7 +52,8 @@ class Cutter:
         cutter = cls(checkpoint.layout, checkpoint.tensors, ridge)
         layout, tensors, model = cutter.dense(fused=False)
         data = batches(context.calibration, layout)
-        found = sensitivity(model, layout, context.track(data, "sensitivity"), context.seed)
+        some = sample(context.calibration, max(SENSITIVITY_TOKENS, 8 * layout.families["hidden"]), context.seed)
+        found = sensitivity(model, layout, context.track(batches(some, layout), "sensitivity"), context.seed)
         if any("hidden" in sizes for sizes in options):
             cutter.basis = weighted_basis(found.moments, sum(found.metrics.values()))
         shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
@@ -90,30 +96,49 @@ class Cutter:
     ) -> tuple[Sizes, list[dict[str, Any]]]:
         """The option of the smallest loss on `judged` when refitted on `fitted`.
 
-        Every option with all heads is tried; fewer heads only while they help, and near the best stream so
-        far.
+        The loss has one valley along the widths of the stream, so it is walked down from the middle; fewer heads are
+        tried only while they help, from the best width so far.
 
         Returns:
             the option, and every one that was tried with its loss.
         """
-        fit, check = batches(fitted, self.layout), batches(judged, self.layout)
-        axis, tried = head_axis(self.layout), []
+        some = sample(fitted, SEARCH_TOKENS, context.seed)
+        fit, check = batches(some, self.layout), batches(judged, self.layout)
         original = self.dense(fused=False)[2]
-        best: tuple[float, Sizes] = (float("inf"), {})
+        tried: list[dict[str, Any]] = []
+
+        def loss(option: Sizes) -> float:
+            known = next((entry["loss"] for entry in tried if entry["sizes"] == option), None)
+            if known is None:
+                after, tensors, _ = self.cut(option, fit, replace(context, details={}))
+                known = judge(Checkpoint(after, tensors).model(), original, self.layout, check)
+                tried.append({"sizes": option, "loss": known})
+            return float(known)
+
+        axis, best = head_axis(self.layout), None
         for heads in sorted({option.get(axis, 0) for option in options}, key=lambda n: (n > 0, -n)):
             group = [option for option in options if option.get(axis, 0) == heads]
-            if best[1]:
-                width = best[1].get("hidden", self.layout.families["hidden"])
-                group = sorted(group, key=lambda o: abs(o.get("hidden", self.layout.families["hidden"]) - width))[:2]
-            before = best[0]
-            for option in context.track(group, "sizes"):
-                after, tensors, _ = self.cut(option, fit, Context(context.calibration, context.seed))
-                loss = judge(Checkpoint(after, tensors).model(), original, self.layout, check)
-                tried.append({"sizes": option, "loss": loss})
-                best = min(best, (loss, option), key=lambda found: found[0])
-            if best[0] >= before:
+            middle = self._width(best) if best else self._width(group[len(group) // 2])
+            found = descend(group, loss, min(range(len(group)), key=lambda n: abs(self._width(group[n]) - middle)))
+            if best is not None and loss(found) >= loss(best):
                 break
-        return best[1], tried
+            best = found
+        assert best is not None
+        return best, tried
+
+    def _width(self, sizes: Sizes) -> int:
+        return sizes.get("hidden", self.layout.families["hidden"])
+
+
+def descend(options: Sequence[Sizes], loss: Callable[[Sizes], float], start: int) -> Sizes:
+    """The bottom of the valley of `loss` over a line of options, walked from option number `start`."""
+    at = start
+    while True:
+        near = [n for n in (at - 1, at, at + 1) if 0 <= n < len(options)]
+        lowest = min(near, key=lambda n: loss(options[n]))
+        if lowest == at:
+            return options[at]
+        at = lowest
 
 
 def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def obstacle(layout: Layout) -> str:
     behind = next((b.post_norm for b in arch.branches if b.post_norm), "")
     if behind:
         return f"the norm {behind}, which acts on what is added to the stream"
-    if not readers(layout, layout.full(arch.final_norm)):
+    if layout.task == "feature-extraction" or not readers(layout, layout.full(arch.final_norm)):
         return f"the task {layout.task}, whose output is the stream itself"
     return ""
 
@@ -104,7 +104,7 @@ def stays_tied(layout: Layout) -> bool:
 def embeddings(layout: Layout) -> list[str]:
     """Parameters that write to the stream before the first block."""
     names = [layout.full(name) for name in layout.arch.embeddings]
-    return [name if name in layout.tensors else f"{name}.weight" for name in names]
+    return [f for name in names for f in (name, f"{name}.weight", f"{name}.bias") if f in layout.tensors]
 
 
 def centred(tensor: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:

@@ -48,35 +48,61 @@ def elimination_order(
     Returns:
         int64 `[count]`, indices of groups.
     """
-    units, width = groups.shape
     rows = groups.reshape(-1)
     weight = weight.double() if metric is None else weight.double() @ root(metric)
     damped = moments.double() + ridge * max(float(moments.diagonal().mean()), 1e-300) * torch.eye(len(moments))
-    inverse, weight = torch.linalg.inv(damped)[rows][:, rows], weight[rows]
-    names, order = torch.arange(units), []
-    alive = torch.ones(units, dtype=torch.bool)
+    inverse = torch.linalg.inv(damped)[rows][:, rows]
+    remove = _singles if groups.shape[1] == 1 else _groups
+    return torch.tensor(remove(inverse, weight[rows], groups.shape[1], count), dtype=torch.long)
+
+
+def _groups(inverse: torch.Tensor, weight: torch.Tensor, width: int, count: int) -> list[int]:
+    """One group a step, everything updated at once."""
+    order: list[int] = []
     while len(order) < count:
         cost = costs(inverse, weight, width)
-        cost[~alive] = torch.inf
+        cost[order] = torch.inf
         chosen = int(cost.argmin())
-        order.append(int(names[chosen]))
-        alive[chosen] = False
+        order.append(chosen)
         block = slice(chosen * width, (chosen + 1) * width)
         gain = torch.linalg.solve(inverse[block, block], inverse[block])
         weight = weight.addmm(gain.T, weight[block], alpha=-1)
         inverse = inverse.addmm(inverse[:, block], gain, alpha=-1)
         weight[block], inverse[block, block] = 0, torch.eye(width, dtype=torch.float64)
-        if int(alive.sum()) < 0.8 * len(alive):  # drop what is gone: the work of a step is quadratic in what is left
-            left = alive.repeat_interleave(width)
-            inverse, weight, names = inverse[left][:, left], weight[left], names[alive]
-            alive = torch.ones(len(names), dtype=torch.bool)
-    return torch.tensor(order, dtype=torch.long)
+    return order
+
+
+def _singles(inverse: torch.Tensor, weight: torch.Tensor, _width: int, count: int, most: int = 64) -> list[int]:
+    """One unit a step; updates wait until `most` of them can be done by one matrix product.
+
+    A step needs of the inverse only its diagonal and one row, and of the weights only their norms and one row.
+    """
+    names, order = torch.arange(len(weight)), []
+    while len(order) < count:
+        steps = min(most, count - len(order))
+        gains, columns = inverse.new_zeros(steps, len(weight)), inverse.new_zeros(len(weight), steps)
+        taken = weight.new_zeros(steps, weight.shape[1])
+        diagonal, norms = inverse.diagonal().clone(), weight.pow(2).sum(1)
+        gone = torch.zeros(len(weight), dtype=torch.bool)
+        for step in range(steps):
+            cost = norms.clamp_min(0) / diagonal.clamp_min(1e-300)
+            cost[gone] = torch.inf
+            chosen = int(cost.argmin())
+            order.append(int(names[chosen]))
+            gone[chosen] = True
+            columns[:, step] = inverse[:, chosen] - columns[:, :step] @ gains[:step, chosen]
+            gains[step] = columns[:, step] / columns[chosen, step]
+            taken[step] = weight[chosen] - gains[:step, chosen] @ taken[:step]
+            shared = weight @ taken[step] - gains[:step].T @ (taken[:step] @ taken[step])
+            norms += gains[step] * (gains[step] * taken[step].pow(2).sum() - 2 * shared)
+            diagonal -= gains[step] * columns[:, step]
+        inverse = inverse.addmm_(columns, gains, alpha=-1)[~gone][:, ~gone]
+        weight, names = weight.addmm_(gains.T, taken, alpha=-1)[~gone], names[~gone]
+    return order
 
 
 def costs(inverse: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
     """What removing each group alone costs; float64 `[units]`."""
-    if width == 1:
-        return weight.pow(2).sum(1) / inverse.diagonal().clamp_min(1e-300)
     units = len(weight) // width
     own = inverse.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     grouped = weight.reshape(units, width, -1)

@@ -61,8 +61,11 @@ class Side:
 
     def observe(self, stage: Stage, number: int, inputs: Iterable[str], outputs: Iterable[str] = ()) -> Seen:
         """What modules of the stage's block see of batch `number`; the block runs no further than that."""
-        arguments = self.arguments[number][stage.block]
-        return self.walk.observe(stage.block, self.streams[number], arguments, inputs, outputs)
+        stream = self.streams[number]
+        seen = self.walk.observe(stage.block, stream, self.arguments[number][stage.block], inputs, outputs)
+        for found in (seen.inputs, seen.outputs):  # OPT flattens batch and length in the middle of a block
+            found.update({name: t.reshape(*stream.shape[:2], -1) for name, t in found.items()})
+        return seen
 
     def behind(self, stage: Stage, number: int) -> torch.Tensor:
         """The stream (pre-norm) or the sum (post-norm) behind the stage."""

@@ -94,9 +94,10 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
 
     understood(architecture(raw["model_type"], str(path)), raw, str(path))
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers' config validation raises many types; all mean the same to the user
         raise RecipeError(str(path), f"a config that transformers refuses: {_one_line(error)}") from error
+    config.__dict__.pop("auto_map", None)  # names code that we neither run nor carry along
     dtype = raw.get("dtype") or raw.get("torch_dtype") or stored_dtype(directory) or "float32"
     if dtype not in BYTES:
         raise RecipeError(f"{path}: dtype", repr(dtype), " or ".join(BYTES))
@@ -314,7 +315,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             return tokenizer
     except Exception as error:  # as for the weights: many types, one meaning
         raise PreflightError(

@@ -1,7 +1,7 @@
 """Coverage: what works on which architecture, asked of the passes and exporters themselves.
 
-A cell is the answer of `requires` on the layout of transformers' default config: no list is kept by hand, so the table says
-what a recipe would be told. tests/test_coverage.py runs every cell that says yes.
+A cell is the answer of `requires` on the layout of transformers' default config: no list is kept by hand, so the
+table says what a recipe would be told. tests/test_arch_coverage.py runs every cell that says yes.
 """
 
 from __future__ import annotations

@@ -46,16 +46,12 @@ def test_unknown_model_type(save_tiny):
 
 def test_attribute_that_is_not_understood(save_tiny):
     message = refusal(RecipeError, edited(save_tiny("llama"), logit_scale=0.5))
-    assert message.startswith(
-        "DIR/config.json: logit_scale: 0.5, an attribute that is not understood for llama"
-    )
+    assert message.startswith("DIR/config.json: logit_scale: 0.5, an attribute that is not understood for llama")
 
 
 def test_value_that_is_not_understood(save_tiny):
     message = refusal(RecipeError, edited(save_tiny("llama"), pretraining_tp=2))
-    assert message == (
-        "DIR/config.json: pretraining_tp: found 2, expected 1. tersor has no llama with this setting."
-    )
+    assert message == ("DIR/config.json: pretraining_tp: found 2, expected 1. tersor has no llama with this setting.")
 
 
 def test_quantised_checkpoint(save_tiny):
@@ -170,6 +166,22 @@ def test_torch_file_with_code_in_it_runs_nothing(save_tiny, tmp_path):
     assert not witness.exists()
 
 
+def test_code_beside_the_weights_is_never_run(save_tiny, tmp_path):
+    witness = tmp_path / "witness"
+    code = f"from pathlib import Path\nPath({str(witness)!r}).touch()\nclass Mine: ...\n"
+    directory = save_tiny("llama")
+    (directory / "mine.py").write_text(code, "utf-8")
+    known = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}
+    Checkpoint.load(edited(directory, auto_map=known)).save(tmp_path / "out")
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text("utf-8")
+    assert not (tmp_path / "out" / "mine.py").exists()
+    path = directory / "tokenizer_config.json"
+    stated = {**json.loads(path.read_text("utf-8")), "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path.write_text(json.dumps({**stated, "tokenizer_class": "Mine"}), "utf-8")
+    assert "tokenizer: found files that do not load" in refusal(PreflightError, directory)
+    assert not witness.exists()
+
+
 # --- what comes back --------------------------------------------------------------------------------------------
 
 
@@ -225,9 +237,7 @@ def test_side_files_travel_byte_for_byte(save_tiny, tmp_path):
     tokenizer = (directory / "tokenizer.json").read_bytes().replace(b"\n", b"\n ")
     (directory / "tokenizer.json").write_bytes(tokenizer)
     Checkpoint.load(directory).save(tmp_path / "out")
-    assert (
-        tmp_path / "out" / "1_Pooling" / "config.json"
-    ).read_bytes() == b'{"pooling_mode_mean_tokens":true}'
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_bytes() == b'{"pooling_mode_mean_tokens":true}'
     assert (tmp_path / "out" / "modules.json").read_bytes() == b"[]\n"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
     assert not (tmp_path / "out" / "private-notes.txt").exists()
@@ -262,9 +272,7 @@ def test_become_casts_once_and_ties_again(tiny):
     wide = {n: t.double() + 1 / 3 for n, t in checkpoint.tensors.items()}
     checkpoint.become(checkpoint.layout, wide)
     assert checkpoint.tensors["lm_head.weight"] is checkpoint.tensors["model.embed_tokens.weight"]
-    assert all(
-        torch.equal(t, wide[n].bfloat16()) for n, t in checkpoint.tensors.items() if n != "lm_head.weight"
-    )
+    assert all(torch.equal(t, wide[n].bfloat16()) for n, t in checkpoint.tensors.items() if n != "lm_head.weight")
 
 
 def test_become_refuses_a_wrong_shape_and_a_nan(tiny):

@@ -6,8 +6,10 @@ has its own, from stock operators:
 
     s = max|x| / 127        q = round(x / s) + 128, uint8        x W ≈ s · (q − 128) W₈ · w
 
-with W₈ int8 and one scale w a column, max|W_j| / 127. Signed weights against unsigned activations is the kernel that
-ONNX Runtime runs fastest. On CPUs with AVX2 but no VNNI its 16-bit sums can saturate; measure there.
+with W₈ int8 and one scale w a column, max|W_j| / 90. Signed weights against unsigned activations is the kernel that
+ONNX Runtime runs fastest. On CPUs with AVX2 but no VNNI it adds pairs of products in 16 bits, silently saturating:
+with weights up to ±127, 3 % of all-MiniLM-L6-v2's sums did, and moved products by 2.7 % (rounding alone: 1.6 %). At
+±90 one sum in 20,000 does, and the mean cosine rises from .9963 to .9970; at ±64 none can, and it is .9962.
 
 Embedding tables are int8 with one scale a row. Products whose result would move by more than `KEEP` on real tokens,
 because a line's largest entry drowns the rest, stay in float32 and are listed.
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 KEEP = 0.1
 """Relative error ‖ŷ − y‖ / ‖y‖ of one product above which it stays in float32."""
+LEVELS = 90
+"""Largest weight in int8, see above."""
 SMALLEST = 1 << 10
 """Elements under which a table or a weight is not worth it."""
 
@@ -56,10 +60,10 @@ def products(graph: ir.Graph) -> list[Product]:
     return found
 
 
-def columns(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Int8 of `[k, n]` and one float32 scale a column."""
-    scale = np.maximum(np.abs(weight).max(0) / 127, 1e-10).astype(np.float32)
-    return np.clip(np.round(weight / scale), -127, 127).astype(np.int8), scale
+def columns(weight: np.ndarray, levels: int = LEVELS) -> tuple[np.ndarray, np.ndarray]:
+    """Int8 of `[k, n]`, at most ± `levels`, and one float32 scale a column."""
+    scale = np.maximum(np.abs(weight).max(0) / levels, 1e-10).astype(np.float32)
+    return np.clip(np.round(weight / scale), -levels, levels).astype(np.int8), scale
 
 
 def lines(x: np.ndarray) -> np.ndarray:
@@ -136,7 +140,7 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         if table is None or len(table.shape) != 2 or table.size < SMALLEST or table.dtype != ir.DataType.FLOAT:
             continue
         ops = Ops(f"table_{number}")
-        small, per_row = columns(table.numpy().T)
+        small, per_row = columns(table.numpy().T, levels=127)
         rows = ops("Cast", ops("Gather", ops.constant_array(small.T), node.inputs[1]), to=ir.DataType.FLOAT)
         y = ops("Mul", rows, ops("Gather", ops.constant_array(per_row[:, None]), node.inputs[1]))
         node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)

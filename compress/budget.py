@@ -74,6 +74,8 @@ def candidates(layout: Layout, remove: float, axes: Sequence[str], round_to: int
     for heads in _heads(layout, axes):
         if "ffn" not in axes:
             found += _past(layout, heads, remove, axes, round_to)
+            if found and "hidden" not in axes:
+                break
             continue
         wider = [
             _with_ffn(layout, {**heads, **hidden}, remove, round_to)
@@ -120,7 +122,7 @@ def _narrowest(layout: Layout, heads: Sizes, remove: float, step: int) -> int:
 
 def _past(layout: Layout, heads: Sizes, remove: float, axes: Sequence[str], round_to: int) -> list[Sizes]:
     """Sizes at or past the request where no FFN unit takes up the remainder."""
-    goal = layout.parameters * (1 - remove)
+    goal = layout.parameters * (1 - remove) + 0.5
     if "hidden" not in axes:
         return [heads] if heads and _parameters(layout, heads) <= goal else []
     k = _narrowest(layout, heads, remove, lcm(layout.grid("hidden", heads), round_to))

@@ -237,6 +237,47 @@ def _number(value: Any) -> str:
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, an artifact or a run directory.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Measure both on this recipe's held-out text.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Measure both on this file or folder of text.")] = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", help="Comma-separated names.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1)] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a sample.")] = 256,
+    offline: OfflineOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Two checkpoints, artifacts or runs beside each other: sizes, metrics, configs, tensors."""
+    from . import compare as comparing
+    from .errors import RecipeError
+
+    if recipe is not None and data is not None:
+        raise RecipeError("tersor compare", "both --recipe and --data", "one of them or neither")
+    names = tuple(n.strip() for n in metrics.split(",")) if metrics else ()
+    source = None
+    if data is not None:
+        from .data import Source
+
+        source = Source(path=data, samples=samples, length=length)
+    loaded = _recipe(recipe, None, None) if recipe else None
+    found = comparing.compare(a, b, source=source, recipe=loaded, metrics=names, threads=threads, offline=offline)
+
+    def show(result: dict[str, Any]) -> None:
+        _table(comparing.rows(result), f"{a} beside {b}")
+        if result.get("config"):
+            _table([["config", a, b], *([key, str(x), str(y)] for key, x, y in result["config"])])
+        changed = comparing.tensor_rows(result)
+        if changed:
+            _table(changed, f"most changed of {result['compared']} tensors")
+        elif "tensors" in result:
+            print("  the weights are the same")
+
+    _print(found, as_json, show)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", help="The artifact's folder; must not exist.")],

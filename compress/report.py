@@ -1,4 +1,4 @@
-"""Report: all that happened in a run, as data (metrics.json), as Markdown (report.md) and as a table in the terminal.
+"""Report: all that happened in a run, as data (metrics.json), Markdown, a page (page.py) and a table in the terminal.
 
 Everything is taken from the journal and the plan, so a resumed run reports exactly what an uninterrupted one does.
 """
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Entry = Mapping[str, Any]
 SIZES = ("parameters", "bytes", "latency_ms")
+UNSCALED = ("kl", "top1", "cosine")
+"""Metrics that compare with the original: their change in percent says nothing."""
 
 
 def options_of(step: Any) -> dict[str, Any]:
@@ -63,7 +65,12 @@ def collect(journal: Sequence[Entry], plan: Plan, failed: bool) -> dict[str, Any
         return scores
 
     steps = [
-        {"step": p.name, "use": p.use, **{k: entry[k] for k in ("options", "seconds", "peak_memory")}, **block(p.name)}
+        {
+            "step": p.name,
+            "use": p.use,
+            **{k: entry[k] for k in ("options", "seconds", "peak_memory")},
+            **block(p.name, p.name),
+        }
         for p in plan.passes
         if (entry := _find(journal, p.name))
     ]
@@ -125,7 +132,7 @@ def _cell(key: str, block: Mapping[str, Any], original: Mapping[str, Any]) -> st
         return "–"
     text = f"{value:,}" if key in ("parameters", "bytes") else f"{value:.4g}"
     base = original.get(key)
-    if block is original or not base or key in ("kl", "top1", "cosine") or value == base:
+    if block is original or not base or key in UNSCALED or value == base:
         return text
     if key == "latency_ms":
         return f"{text} ({base / value:.2f}× faster)" if value < base else f"{text} ({value / base:.2f}× slower)"
@@ -147,7 +154,8 @@ def markdown_table(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 
 
-def _environment() -> Any:
+def environment(html: bool = False) -> Any:
+    """Where the templates live; values are escaped for `html`."""
     import jinja2
 
     return jinja2.Environment(
@@ -156,34 +164,42 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701  Markdown, not HTML
+        autoescape=html,
     )
 
 
+def gates(journal: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Every verdict with the step it was spoken after."""
+    return [
+        {"step": entry["step"].removesuffix(":gate"), **verdict}
+        for entry in journal
+        for verdict in entry.get("verdicts", ())
+    ]
+
+
 def write(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Sequence[Entry]) -> None:
-    """Write metrics.json and report.md."""
+    """Write metrics.json, report.md and report.html."""
+    from .page import render
     from .preflight import size
 
     lock = json.loads((directory / "lock.json").read_text("utf-8"))
     write_atomic(directory / "metrics.json", to_json(metrics))
-    gates = [
-        {"step": e["step"].removesuffix(":gate"), **verdict} for e in journal for verdict in e.get("verdicts", ())
-    ]
-    text = _environment().get_template("report.md").render(
+    text = environment().get_template("report.md").render(
         plan=plan,
         metrics=metrics,
         table=markdown_table(rows(metrics)),
-        gates=gates,
+        gates=gates(journal),
         steps=[e for e in journal if "seconds" in e],
         lock=lock,
         size=size,
         recipe=(directory / "recipe.yaml").read_text("utf-8"),
     )
     write_atomic(directory / "report.md", text)
+    write_atomic(directory / "report.html", render(directory, plan, metrics, journal))
 
 
 def model_card(plan: Plan, journal: Sequence[Entry]) -> str:
-    """The README.md of the compressed checkpoint: what was done to what. No times, so the same run gives the same bytes."""
+    """The README.md of the compressed checkpoint: what was done to what. No times: the same run, the same bytes."""
     metrics = collect(journal, plan, failed=False)
     original, result = metrics["original"], metrics["checkpoint"]
     scores = [["", "original", "this model"]]
@@ -191,7 +207,7 @@ def model_card(plan: Plan, journal: Sequence[Entry]) -> str:
         if key in original and key in result:
             scores.append([key.replace("_", " "), _cell(key, original, original), _cell(key, result, original)])
     return str(
-        _environment().get_template("model_card.md").render(
+        environment().get_template("model_card.md").render(
             plan=plan,
             table=markdown_table(scores),
             steps=[{"use": e["use"], "options": e["options"]} for e in journal if "details" in e],

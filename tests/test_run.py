@@ -56,7 +56,8 @@ def test_the_run_directory_holds_what_was_promised(recipe, tmp_path):
     run = outcome.directory
     assert outcome.passed
     assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == [
-        "journal.jsonl", "lock.json", "metrics.json", "model", "onnx", "plan.json", "recipe.yaml", "report.md",
+        "journal.jsonl", "lock.json", "metrics.json", "model", "onnx", "plan.json", "recipe.yaml",
+        "report.html", "report.md",
     ]  # fmt: skip
     assert not (run / ".steps").exists()
     metrics = json.loads((run / "metrics.json").read_text())

@@ -43,6 +43,7 @@ def build(
 
 def fix(model: ir.Model, shape: tuple[int, int]) -> None:
     """Give all inputs one shape, `[rows, width]`, and fold what follows from it, in place."""
+    from onnx_ir.passes.common import ShapeInferencePass
     from onnxscript.optimizer import optimize_ir
 
     for value in model.graph.inputs:
@@ -50,7 +51,9 @@ def fix(model: ir.Model, shape: tuple[int, int]) -> None:
     for value in model.graph.outputs:
         assert value.shape is not None
         value.shape = ir.Shape([*shape, *list(value.shape)[2:]])
-    optimize_ir(model)
+    for _ in range(3):  # what folds gives shapes, and shapes let more fold
+        ShapeInferencePass()(model)
+        optimize_ir(model)
     trace.strip(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.export import onnx as exporter
 from tersor.export import parity, trace
 from tersor.export.artifact import Artifact
+from tersor.export.build import build
 from tersor.export.onnx import Onnx
 from tersor.export.pooling import Pooling
 
@@ -222,7 +224,7 @@ def test_two_exports_are_the_same_bytes_and_name_no_place(form: str, made: Made,
 
 def test_another_model_is_other_bytes(made: Made, tiny: Any, tmp_path: Path) -> None:
     _, directory = made("bert")
-    Onnx().write(tiny("bert", seed=1), tmp_path, [])
+    trace.save(build(tiny("bert", seed=1), "packed", 24)[0], tmp_path)
     assert directory.joinpath("model.onnx").read_bytes() != tmp_path.joinpath("model.onnx").read_bytes()
 
 
@@ -294,8 +296,8 @@ def test_paths_in_the_manifest_do_not_escape(name: str, made: Made, tmp_path: Pa
             Artifact.open(inside)
 
 
-def test_a_changed_file_is_noticed(tiny: Any, tmp_path: Path) -> None:
-    Onnx().write(tiny("bert"), tmp_path, [])
+def test_a_changed_file_is_noticed(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made("bert")[1], tmp_path, dirs_exist_ok=True)
     artifact = Artifact.open(tmp_path)
     assert artifact.changed() == []
     (tmp_path / "config.json").write_text("{}")
@@ -343,7 +345,7 @@ def test_every_operator_is_standard(form: str, made: Made) -> None:
 
 def test_opset_23_says_the_same_with_masks(made: Made, tmp_path: Path) -> None:
     checkpoint, directory = made("bert")
-    assert Onnx(opset=23).write(checkpoint, tmp_path, [])["opset"] == 23
+    trace.save(build(checkpoint, "packed", 23)[0], tmp_path)
     ids, mask = draw(2, 6), np.array([[1, 2, 2, 0, 0, 0], [1, 1, 1, 2, 2, 3]], np.int64)
     for one, two in zip(run(directory, ids, mask), run(tmp_path, ids, mask), strict=True):
         assert np.abs(one - two).max() < 2e-5

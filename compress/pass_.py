@@ -33,11 +33,13 @@ class Forecast:
         layout: shapes after the step.
         memory: bytes above the weights that the step needs at its peak.
         notes: lines for people: the grid taken, where parameters go.
+        exact: whether the step must deliver these shapes; False where only the weights say how much leaves.
     """
 
     layout: Layout
     memory: int = 0
     notes: tuple[str, ...] = ()
+    exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,7 @@ def test_a_full_rotation_changes_nothing(tiny, model_type):
 def planted(checkpoint: Checkpoint, rank: int) -> Checkpoint:
     """The checkpoint with every write to the stream projected on one random subspace of the given rank."""
     d = checkpoint.layout.families["hidden"]
-    q = torch.linalg.qr(
-        torch.randn(d, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    )[0]
+    q = torch.linalg.qr(torch.randn(d, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
     tensors, arch, layout = dict(checkpoint.tensors), checkpoint.layout.arch, checkpoint.layout
     for name in arch.embeddings:
         full = f"{layout.full(name)}.weight"
@@ -87,9 +85,7 @@ def planted(checkpoint: Checkpoint, rank: int) -> Checkpoint:
             full = f"{branch.writes}.weight"
             tensors[full] = (q @ q.T @ tensors[full].double()).float()
             if f"{branch.writes}.bias" in tensors:
-                tensors[f"{branch.writes}.bias"] = (
-                    q @ q.T @ tensors[f"{branch.writes}.bias"].double()
-                ).float()
+                tensors[f"{branch.writes}.bias"] = (q @ q.T @ tensors[f"{branch.writes}.bias"].double()).float()
     planted = Checkpoint(layout, tensors)
     planted.become(layout, tensors)
     return planted
@@ -214,3 +210,60 @@ def test_activations_that_overflow_name_their_layer(tiny):
     checkpoint.tensors[name] = checkpoint.tensors[name] * 1e38
     with pytest.raises(PreflightError, match=r"layers\.1|norm"):
         sliced(checkpoint, remove=0.3, on=["hidden"])
+
+
+def test_a_tied_head_stays_tied_and_costs_nothing(tiny):
+    checkpoint = tiny("llama", tie_word_embeddings=True)
+    sliced(checkpoint, remove=0.2, on=["hidden"])
+    head, embedding = (checkpoint.tensors[n] for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert head is embedding
+    assert checkpoint.config.tie_word_embeddings
+
+
+def test_the_loss_on_a_tenth_of_the_calibration_data_chooses(tiny):
+    found = [sliced(tiny("mistral"), remove=0.3, on=["hidden", "ffn"]) for _ in range(2)]
+    tried = {json.dumps(entry["sizes"]): entry["loss"] for entry in found[0]["tried"]}
+    assert len(tried) >= 3
+    chosen = json.dumps(found[0]["sizes"])
+    assert tried[chosen] == min(tried.values())
+    assert found[0]["tried"] == found[1]["tried"]
+    assert abs(found[0]["delivered"] - 0.3) <= 0.005
+
+
+def test_the_recipe_can_fix_the_split(tiny):
+    wide = sliced(tiny("mistral"), remove=0.3, on=["hidden", "ffn"], split=0.0)
+    narrow = sliced(tiny("mistral"), remove=0.3, on=["hidden", "ffn"], split=1.0)
+    assert wide["tried"] == narrow["tried"] == []
+    assert "hidden" not in wide["sizes"]
+    assert narrow["sizes"]["hidden"] < 48
+
+
+def test_too_few_tokens_are_said_with_how_many_are_wanted(tiny):
+    few = sliced(tiny("llama"), remove=0.2, on=["ffn"])["warnings"]
+    assert len(few) == 1
+    assert "192 calibration tokens" in few[0]
+    context = Context(windows(count=80, length=200))
+    Slice(remove=0.2, on=["ffn"]).apply(tiny("llama"), context)
+    assert context.details["warnings"] == []
+
+
+def test_no_calibration_data_is_refused(tiny):
+    with pytest.raises(PreflightError, match="no calibration data"):
+        Slice(remove=0.2).apply(tiny("llama"), Context([]))
+
+
+def test_the_original_tensors_are_not_written_to(tiny):
+    checkpoint = tiny("llama")
+    before = dict(checkpoint.tensors)
+    copies = {name: tensor.clone() for name, tensor in before.items()}
+    for options in ({"on": ["ffn"]}, {"on": ["hidden"]}):
+        sliced(Checkpoint(checkpoint.layout, dict(before)), remove=0.2, **options)
+    assert all(torch.equal(before[name], copies[name]) for name in before)
+
+
+def test_a_later_check_finds_a_gain_that_came_back(tiny):
+    checkpoint = tiny("llama")
+    sliced(checkpoint, remove=0.2, on=["hidden"])
+    name = norms(checkpoint.layout)[0]
+    checkpoint.tensors[f"{name}.weight"] = checkpoint.tensors[f"{name}.weight"] * 2
+    assert any(name in failing for failing in checkpoint.failing_checks())

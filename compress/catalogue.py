@@ -14,7 +14,6 @@ from .errors import RecipeError
 from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
 from .words import nearest, one_of
 
-
 FINDERS: tuple[tuple[str, Group, Callable[[str], type]], ...] = (
     ("pass", PASSES, find_pass),
     ("exporter", EXPORTERS, find_exporter),

@@ -30,9 +30,15 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships (quickstart).")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="A checkpoint directory or a hub id, instead of the recipe's.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: passes.0.with.remove=0.3")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships (quickstart).")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="A checkpoint directory or a hub id, instead of the recipe's.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value: passes.0.with.remove=0.3")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask a hub.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads [default: all cores].")]
@@ -131,7 +137,9 @@ def plan(
 def apply_(
     recipe: RecipeArgument,
     model: ModelOption = None,
-    output: Annotated[Path | None, typer.Option("--output", help="Run directory [default: runs/NAME, the next free].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Run directory [default: runs/NAME, the next free].")
+    ] = None,
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Try the recipe in seconds on a shrunk random model.")] = False,
@@ -192,7 +200,9 @@ def _smoke(recipe: Recipe, how: Any) -> Any:
 @app.command(name="eval")
 def eval_(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or an artifact.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Take data, metrics and gates from this recipe.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Take data, metrics and gates from this recipe.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Held-out text: .txt, .jsonl or a folder.")] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", help="Comma-separated names.")] = None,
     against: Annotated[str | None, typer.Option("--against", help="The original: a checkpoint or an artifact.")] = None,
@@ -282,7 +292,9 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", help="The artifact's folder; must not exist.")],
     use: Annotated[str, typer.Option("--use", help="The exporter.")] = "onnx",
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the exporter: inputs=padded")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the exporter: inputs=padded")
+    ] = None,
     task: Annotated[str | None, typer.Option("--task")] = None,
     offline: OfflineOption = False,
     threads: ThreadsOption = None,
@@ -317,7 +329,9 @@ def verify(
     findings = run_verify(directory)
 
     def show(_: Any) -> None:
-        _table([["", "promise", ""], *([("✓" if f.holds else "✗"), f.what, f.detail] for f in findings)], str(directory))
+        _table(
+            [["", "promise", ""], *([("✓" if f.holds else "✗"), f.what, f.detail] for f in findings)], str(directory)
+        )
 
     _print([vars(f) for f in findings], as_json, show)
     broken = [f"{f.what}: {f.detail}" for f in findings if not f.holds]
@@ -335,13 +349,22 @@ def passes(
 
     if name is None:
         listed = catalogue.summary()
-        _print(listed, as_json, lambda v: _table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in v)]))
+        _print(
+            listed,
+            as_json,
+            lambda v: _table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in v)]),
+        )
         return
     found = catalogue.describe(name)
 
     def show(entry: dict[str, Any]) -> None:
         print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n")
-        _table([["option", "type", "default", "meaning"], *([o["name"], o["type"], o["default"], o["meaning"]] for o in entry["options"])])
+        _table(
+            [
+                ["option", "type", "default", "meaning"],
+                *([o["name"], o["type"], o["default"], o["meaning"]] for o in entry["options"]),
+            ]
+        )
 
     _print(found, as_json, show)
 
@@ -371,7 +394,13 @@ def _message(error: BaseException) -> tuple[str, int] | None:
         return "interrupted; finished steps are kept: tersor apply … --output DIR --resume", 130
     if isinstance(error, MemoryError):
         return "memory: the machine has no more. tersor plan says what a run needs", 5
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+    ):
         return f"{error.filename or 'disk'}: {error.strerror}. Nothing half-written is left; continue with --resume", 5
     return None
 

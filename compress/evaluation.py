@@ -50,7 +50,9 @@ class Question:
         metrics = self.metrics or recipe.metrics
         return asked._answer(recipe.data.heldout, recipe.base, metrics, recipe.gate)
 
-    def _answer(self, source: Source, base: Path | None, metrics: Sequence[str], gates: Sequence[Any]) -> dict[str, Any]:
+    def _answer(
+        self, source: Source, base: Path | None, metrics: Sequence[str], gates: Sequence[Any]
+    ) -> dict[str, Any]:
         from .data import read_samples
         from .evaluate import METRICS
         from .evaluate.gate import judge

@@ -10,11 +10,14 @@ what the pass says it needs) and a measurement (original and result as float32 m
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import TersorError
 from .layout import Layout
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .evaluate import Gate
 
 PROCESS = 450 << 20
 """Bytes of an interpreter with torch, transformers and ONNX Runtime loaded (resident, measured)."""
@@ -123,7 +126,7 @@ def _check_metrics(recipe: Recipe, task: str) -> None:
         return
     for number, name in enumerate(recipe.metrics):
         check_metrics([name], OUTPUTS[task], recipe.place("metrics", number))
-    gates = [(("gate",), gate) for gate in recipe.gate]
+    gates: list[tuple[tuple[str | int, ...], Gate]] = [(("gate",), gate) for gate in recipe.gate]
     gates += [(("passes", n, "gate"), gate) for n, step in enumerate(recipe.passes) for gate in step.gate]
     gates += [(("export", n, "gate"), gate) for n, step in enumerate(recipe.export) for gate in step.gate]
     for loc, gate in gates:
@@ -149,7 +152,9 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         working = PROCESS + original.bytes + layout.bytes + forecast.layout.bytes + forecast.memory
         memory = max(working, scoring_memory(original, forecast.layout, recipe))
         passes.append(
-            PlannedStep(f"{number + 1}-{step.use}", "pass", step.use, step.options, forecast.layout, memory, forecast.notes)
+            PlannedStep(
+                f"{number + 1}-{step.use}", "pass", step.use, step.options, forecast.layout, memory, forecast.notes
+            )
         )
         layout = forecast.layout
     exports: list[PlannedStep] = []

@@ -96,7 +96,9 @@ def lock(recipe: Recipe, source: Path) -> dict[str, Any]:
     """What a run depends on: the recipe, the weights and the data by hash, versions and machine for the record."""
     return {
         "recipe": recipe.digest,
-        "weights": {p.name: hash_file(p) for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")},
+        "weights": {
+            p.name: hash_file(p) for p in sorted(source.iterdir()) if p.suffix in (".json", ".safetensors", ".bin")
+        },
         "data": {
             part: hash_source(data, recipe.base)
             for part in ("calibration", "heldout")

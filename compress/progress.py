@@ -44,15 +44,15 @@ class Progress:
 
         total = len(items) if isinstance(items, Sized) else None
         columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        started, bars, task = time.perf_counter(), None, None
+        started, bars = time.perf_counter(), None
         try:
             for number, item in enumerate(items):
                 if bars is None and self._bars is None and time.perf_counter() - started > SHOW_AFTER:
                     self._bars = bars = Bars(*columns, console=self.console, transient=True)
                     bars.start()
-                    task = bars.add_task(label, total=total)
+                    bars.add_task(label, total=total)
                 if bars is not None:
-                    bars.update(task, completed=number)
+                    bars.update(bars.task_ids[0], completed=number)
                 yield item
         finally:
             if bars is not None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .data import Sample
     from .evaluate import Scorer
     from .evaluate.gate import Gate, Verdict
-    from .pass_ import Context
+    from .layout import Layout
+    from .pass_ import Context, Forecast
 
 
 TIMED_TOKENS = 1024
@@ -225,7 +226,7 @@ class _Run:
         """One pass: change, check, save, read back, score; its line in the journal."""
         from .checkpoint import Checkpoint
         from .evaluate.torch_scorer import TorchScorer
-        from .pass_ import Context, Forecast
+        from .pass_ import Context
 
         started = time.perf_counter()
         context = Context(
@@ -234,7 +235,7 @@ class _Run:
             track=self.progress.track,
         )
         # Asked again: an earlier pass may have chosen other sizes than planned.
-        forecast = Forecast(step.layout) if isinstance(step.options, Unchanged) else step.options.requires(checkpoint.layout)
+        forecast = step.options.requires(checkpoint.layout)
         step.options.apply(checkpoint, context)
         off = abs(checkpoint.layout.parameters - forecast.layout.parameters) / self.original.layout.parameters
         if forecast.exact and off > PLAN_TOLERANCE:
@@ -379,6 +380,12 @@ class _Run:
 @dataclass(frozen=True)
 class Unchanged:
     """What runs when a recipe names no pass: nothing."""
+
+    def requires(self, layout: Layout) -> Forecast:
+        """Shapes stay."""
+        from .pass_ import Forecast
+
+        return Forecast(layout)
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Leave the checkpoint as it is."""

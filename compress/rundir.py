@@ -84,20 +84,29 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held until `close`
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise PreflightError(str(self.path), "another run in progress there", "a folder of its own") from error
         except OSError as error:
-            raise PreflightError(str(self.path), f"a folder that cannot be written ({error.strerror})", "a writable --output") from error
+            raise PreflightError(
+                str(self.path), f"a folder that cannot be written ({error.strerror})", "a writable --output"
+            ) from error
         before = self.path / "lock.json"
         if not before.exists():
             strangers = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
             if strangers:
-                raise RecipeError(f"--output {self.path}", f"a folder with other files ({strangers[0]})", "a new or empty one")
+                raise RecipeError(
+                    f"--output {self.path}", f"a folder with other files ({strangers[0]})", "a new or empty one"
+                )
             write_atomic(before, to_json(lock))
         elif not resume:
-            raise RecipeError(f"--output {self.path}", "a run is there already", "", "Continue it with --resume, or name another folder.")
+            raise RecipeError(
+                f"--output {self.path}",
+                "a run is there already",
+                "",
+                "Continue it with --resume, or name another folder.",
+            )
         else:
             self._same(json.loads(before.read_text("utf-8")), lock)
         self._read_journal()
@@ -106,7 +115,10 @@ class RunDirectory:
         for key in ("recipe", "weights", "data"):
             if before.get(key) != now[key]:
                 raise RecipeError(
-                    f"--resume {self.path}", f"another {key} than this run was started with", "the same", "Start a new run in another folder."
+                    f"--resume {self.path}",
+                    f"another {key} than this run was started with",
+                    "the same",
+                    "Start a new run in another folder.",
                 )
 
     def _read_journal(self) -> None:

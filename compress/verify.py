@@ -70,7 +70,9 @@ def verify(directory: Path) -> list[Finding]:
     findings += _checks(root / "model", journal)
     inputs = _inputs(root / "model")
     findings.append(_stock_model(root / "model", inputs))
-    findings += [_stock_artifact(root / name, root / "model", inputs) for name in published["hashes"] if name != "model"]
+    findings += [
+        _stock_artifact(root / name, root / "model", inputs) for name in published["hashes"] if name != "model"
+    ]
     return findings
 
 
@@ -150,7 +152,7 @@ def _stock_model(model: Path, inputs: dict[str, np.ndarray]) -> Finding:
     auto = TasksManager.get_model_class_for_task(checkpoint.layout.task, framework="pt").__name__
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.npz"
-        np.savez(path, **inputs)
+        np.savez(path, **inputs)  # type: ignore[arg-type]
         try:
             theirs = _fresh(STOCK_TRANSFORMERS, str(model), auto, str(path), str(torch.get_num_threads()))
         except PreflightError as error:
@@ -176,14 +178,14 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
         single = checkpoint.model(torch.float32)(**tensors)[0].numpy()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.npz"
-        np.savez(path, **inputs)
+        np.savez(path, **inputs)  # type: ignore[arg-type]
         try:
             found = _fresh(STOCK_ORT, str(artifact / "model.onnx"), str(path))
         except PreflightError as error:
             return Finding(what, False, error.found)
     real = inputs["attention_mask"] > 0
-    error = float(np.abs(found[real] - exact[real]).max())
+    distance = float(np.abs(found[real] - exact[real]).max())
     # The scale of a state is its norm: single elements shrink with the width.
     scale = np.abs(exact[real]) if checkpoint.layout.task == "text-generation" else np.linalg.norm(exact[real], axis=-1)
     allowed = max(2 * float(np.abs(single[real] - exact[real]).max()), 1e-6 * float(scale.max()))
-    return Finding(what, error <= allowed, f"{error:.1e}, {allowed:.1e} allowed")
+    return Finding(what, distance <= allowed, f"{distance:.1e}, {allowed:.1e} allowed")

@@ -203,7 +203,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no tokenizer": (lambda m: [p.unlink() for p in m.glob("tokenizer*")], 5, "without a tokenizer"),
     "unknown architecture": (lambda m: _edit(m, model_type="lamma"), 2, "model_type: found 'lamma'"),
     "strange attribute": (lambda m: _edit(m, embedding_multiplier=12.0), 2, "embedding_multiplier"),
-    "NaN": (lambda m: _poison(m), 5, "NaN or infinite"),
+    "NaN": (_poison, 5, "NaN or infinite"),
 }
 
 

@@ -8,10 +8,10 @@ from dataclasses import fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tersor.compress.recipe.complaints import MOST, RecipeFaultsError
 from tersor.compress.errors import RecipeError
 from tersor.compress.evaluate.metrics import METRICS
 from tersor.compress.recipe import load_recipe
+from tersor.compress.recipe.complaints import MOST, RecipeFaultsError
 from tersor.compress.registry import find_pass, names
 from tersor.compress.words import one_of
 
@@ -440,9 +440,7 @@ def test_any_tree_is_a_recipe_or_a_line_a_fault(tmp_path_factory, tree):
     except RecipeError as error:
         for line in str(error).splitlines():
             assert line.startswith(f"{path}:"), line
-            assert not any(word in line for word in ("pydantic", "Input should", "dataclass", "validator")), (
-                line
-            )
+            assert not any(word in line for word in ("pydantic", "Input should", "dataclass", "validator")), line
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 from tersor.compress import registry
-from tersor.compress.recipe import schema as recipe_schema
 from tersor.compress.errors import RecipeError
 from tersor.compress.recipe import ExportStep, PassStep, json_schema, load_recipe
+from tersor.compress.recipe import schema as recipe_schema
 
 TOY = '''
 """A package of somebody else's."""
@@ -259,9 +259,7 @@ def test_unknown_names():
 
 def allowed(schema: dict, name: str, step: type) -> dict:
     (rule,) = [
-        r
-        for r in schema["$defs"][step.__name__]["allOf"]
-        if r["if"] == {"properties": {"use": {"const": name}}}
+        r for r in schema["$defs"][step.__name__]["allOf"] if r["if"] == {"properties": {"use": {"const": name}}}
     ]
     return rule["then"]
 

@@ -148,7 +148,7 @@ def test_a_folder_with_a_run_is_refused_and_resumed_only_with_the_same_inputs(re
     loaded = load_recipe(recipe())
     run = apply(loaded, How(tmp_path / "run", threads=1)).directory
     before = hash_tree(run / "model")
-    with pytest.raises(RecipeError, match="a run is there already.*--resume"):
+    with pytest.raises(RecipeError, match=r"a run is there already.*--resume"):
         apply(loaded, How(run, threads=1))
     assert apply(loaded, How(run, resume=True, threads=1)).passed
     assert hash_tree(run / "model") == before

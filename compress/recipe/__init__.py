@@ -1,7 +1,7 @@
 """Recipes: what to do, as frozen data that knows the line and column of each of its values.
 
-Read: recipe.py (the data and how it is loaded) → steps.py (passes and exports with their options) → yaml_file.py (strict
-YAML with places) → complaints.py (one line for each fault) → checks.py (what needs no model to be seen wrong).
+Read: recipe.py (the data and how it is loaded) → steps.py (passes and exports with their options) → yaml_file.py
+(strict YAML with places) → complaints.py (one line for each fault) → checks.py (what needs no model to be seen wrong).
 """
 
 from .complaints import RecipeFaultsError

@@ -45,12 +45,7 @@ def _text(recipe: Recipe) -> Iterator[Fault]:
             pass
         except RecipeError as error:
             yield ("data", part, "path"), error.found, error.expected, error.remedy
-    if (
-        listed == 2
-        and data.calibration
-        and data.heldout
-        and overlap(data.calibration, data.heldout, recipe.base)
-    ):
+    if listed == 2 and data.calibration and data.heldout and overlap(data.calibration, data.heldout, recipe.base):
         yield (
             ("data", "heldout"),
             "text that calibration reads too",

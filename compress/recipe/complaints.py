@@ -13,8 +13,8 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
-from .schema_words import Schema, describe, keys, remedy_for
 from ..words import closest, nearest, one_of, shown
+from .schema_words import Schema, describe, keys, remedy_for
 from .yaml_file import Document, Loc, Mark, dotted
 
 UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument", "unexpected_positional_argument"}

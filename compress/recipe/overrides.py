@@ -9,9 +9,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from .complaints import holds, value_at
 from ..errors import RecipeError
 from ..words import closest, shown
+from .complaints import holds, value_at
 from .yaml_file import MAX_DEPTH, UNPRINTABLE, Document, Loc, Mark, dotted, parse_yaml
 
 

@@ -22,13 +22,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
-from .complaints import MOST, RecipeFaultsError, as_written, nearest_mark, translate
 from ..data import Source
 from ..errors import RecipeError
 from ..exporter import Exporter
+from ..words import nearest, one_of, shown
+from .complaints import MOST, RecipeFaultsError, as_written, nearest_mark, translate
 from .overrides import override
 from .steps import FORBID, ExportStep, Gates, PassStep
-from ..words import nearest, one_of, shown
 from .yaml_file import Document, Loc, Mark, dotted, read_yaml
 from .yaml_text import to_yaml
 
@@ -98,9 +98,7 @@ class Recipe(BaseModel):
     @property
     def places(self) -> Mapping[Loc, str]:
         """`file:line:column` (or `--set K=V`) of every value that was written, by path."""
-        return (
-            {} if self._document is None else {loc: str(mark) for loc, mark in self._document.values.items()}
-        )
+        return {} if self._document is None else {loc: str(mark) for loc, mark in self._document.values.items()}
 
     def place(self, *loc: str | int) -> str:
         """Where an error about `loc` belongs: `recipe.yaml:9:20: passes.0.with.remove`.
@@ -231,9 +229,7 @@ def _find(reference: str | Path) -> tuple[Path, str]:
         path = Path(text).expanduser()
         is_path = path.suffix in {".yaml", ".yml"} or len(path.parts) != 1 or path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, `~nobody`, or with a NUL in it
-        raise RecipeError(
-            f"recipe {called}", f"no path ({error})", f"a .yaml file or {one_of(known)}"
-        ) from error
+        raise RecipeError(f"recipe {called}", f"no path ({error})", f"a .yaml file or {one_of(known)}") from error
     if is_path or isinstance(reference, Path):
         return path, called
     beside = [f"Did you mean {text}{end}?" for end in (".yaml", ".yml") if path.with_suffix(end).is_file()]

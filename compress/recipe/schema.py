@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUserError
 
-from .complaints import value_at
 from ..data import Source
 from ..errors import RecipeError
 from ..evaluate.gate import Gate
 from ..evaluate.metrics import ALWAYS, METRICS
-from .recipe import Data, Recipe
 from ..registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
+from .complaints import value_at
+from .recipe import Data, Recipe
 from .schema_words import Schema, branches
 from .steps import ExportStep, PassStep, adapter
 from .yaml_file import Loc
@@ -165,9 +165,7 @@ def _resolved(node: Schema, root: Schema, deep: int = 1) -> Schema:
     if deep and "anyOf" in node:
         node["anyOf"] = [_resolved(branch, root, deep) for branch in node["anyOf"]]
     if deep and "properties" in node:
-        node["properties"] = {
-            key: _resolved(part, root, deep - 1) for key, part in node["properties"].items()
-        }
+        node["properties"] = {key: _resolved(part, root, deep - 1) for key, part in node["properties"].items()}
     if deep and isinstance(node.get("items"), dict):
         node["items"] = _resolved(node["items"], root, deep - 1)
     return node

@@ -126,6 +126,4 @@ def _fits(number: float, schema: Schema) -> bool:
     if not math.isfinite(number) or (schema["type"] == "integer" and not number.is_integer()):
         return False
     above = number > schema.get("exclusiveMinimum", -INF) and number >= schema.get("minimum", -INF)
-    return bool(
-        above and number < schema.get("exclusiveMaximum", INF) and number <= schema.get("maximum", INF)
-    )
+    return bool(above and number < schema.get("exclusiveMaximum", INF) and number <= schema.get("maximum", INF))

@@ -84,9 +84,7 @@ def read_yaml(path: Path, name: str) -> Document:
         if not stat.S_ISREG(status.st_mode):
             raise RecipeError(name, "something that is not a regular file", "a YAML file")
         if status.st_size > MAX_BYTES:
-            raise RecipeError(
-                name, f"{status.st_size:,} bytes", f"at most {MAX_BYTES:,}", "A recipe holds no data."
-            )
+            raise RecipeError(name, f"{status.st_size:,} bytes", f"at most {MAX_BYTES:,}", "A recipe holds no data.")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
@@ -113,9 +111,7 @@ def parse_yaml(text: str, name: str, lines: bool = True) -> Document:
     bad = UNPRINTABLE.search(text)
     if bad:
         mark = _mark_at(text[: bad.start()], name)
-        raise RecipeError(
-            str(mark if lines else name), f"the character U+{ord(bad.group()):04X}", "printable text"
-        )
+        raise RecipeError(str(mark if lines else name), f"the character U+{ord(bad.group()):04X}", "printable text")
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -129,9 +125,7 @@ def parse_yaml(text: str, name: str, lines: bool = True) -> Document:
     except MarkedYAMLError as error:
         what = ", ".join(_one_line(part) for part in (error.context, error.problem) if part)
         mark = place(error.problem_mark or error.context_mark)
-        raise RecipeError(
-            str(mark), f"text that is not YAML ({what})", "YAML", _syntax_remedy(what)
-        ) from error
+        raise RecipeError(str(mark), f"text that is not YAML ({what})", "YAML", _syntax_remedy(what)) from error
     except (
         YAMLError,
         ArithmeticError,
@@ -193,13 +187,9 @@ class _Builder:
         if isinstance(event, events.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
-                raise RecipeError(
-                    str(mark), "a second document", "one document", "Put each recipe into its own file."
-                )
+                raise RecipeError(str(mark), "a second document", "one document", "Put each recipe into its own file.")
         elif isinstance(event, events.AliasEvent):
-            raise RecipeError(
-                str(mark), f"an alias *{event.anchor[:20]}", "the value itself", "Write it out."
-            )
+            raise RecipeError(str(mark), f"an alias *{event.anchor[:20]}", "the value itself", "Write it out.")
         elif isinstance(event, events.NodeEvent):
             self.nodes += 1
             if self.nodes > MAX_NODES:
@@ -211,9 +201,7 @@ class _Builder:
                 )
             tag = getattr(event, "tag", None)
             if tag is not None:
-                raise RecipeError(
-                    str(mark), f"a tag {shown(str(tag))}", "plain values", "Recipes are data: no tags."
-                )
+                raise RecipeError(str(mark), f"a tag {shown(str(tag))}", "plain values", "Recipes are data: no tags.")
             if isinstance(event, events.ScalarEvent):
                 self.scalar(event, mark)
             else:
@@ -240,9 +228,7 @@ class _Builder:
             first = self.document.keys[(*frame.loc, text)]
             where = f" (the first is in line {first.line})" if first.line else ""
             loc = dotted((*frame.loc, text))
-            raise RecipeError(
-                f"{mark}: {loc}", f"a second {shown(text)}{where}", "each key once", "Remove one."
-            )
+            raise RecipeError(f"{mark}: {loc}", f"a second {shown(text)}{where}", "each key once", "Remove one.")
         frame.key, frame.key_mark = text, mark
 
     def open(self, container: dict[str, Any] | list[Any], mark: Mark) -> None:
@@ -251,9 +237,7 @@ class _Builder:
         frame = self.stack[-1] if self.stack else None
         if frame is not None and isinstance(frame.container, dict) and frame.key is None:
             kind = "a mapping" if isinstance(container, dict) else "a list"
-            raise RecipeError(
-                str(mark), f"{kind} as a key", "a word", "Text with braces or brackets needs quotes."
-            )
+            raise RecipeError(str(mark), f"{kind} as a key", "a word", "Text with braces or brackets needs quotes.")
         self.stack.append(_Frame(container, self.put(container, mark)))
 
     def put(self, value: Any, mark: Mark) -> Loc:
@@ -292,9 +276,7 @@ def scalar(text: str, place: str) -> Any:
     if not INT.fullmatch(text) and not FLOAT.fullmatch(text):
         return text
     if len(text) > MAX_DIGITS:
-        raise RecipeError(
-            place, f"a number of {len(text)} characters", f"at most {MAX_DIGITS}", "Text needs quotes."
-        )
+        raise RecipeError(place, f"a number of {len(text)} characters", f"at most {MAX_DIGITS}", "Text needs quotes.")
     if INT.fullmatch(text):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     value = float(text)
@@ -305,6 +287,4 @@ def scalar(text: str, place: str) -> Any:
 
 def dotted(loc: Loc) -> str:
     """`passes.0.with.remove`, as `--set` writes it."""
-    return ".".join(
-        shown(p) if isinstance(p, str) and re.search(r"[\s.]|^$", p) else str(p)[:60] for p in loc
-    )
+    return ".".join(shown(p) if isinstance(p, str) and re.search(r"[\s.]|^$", p) else str(p)[:60] for p in loc)

@@ -44,9 +44,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str):
-        taken = any(
-            kind.fullmatch(value) for kind in (NULL, TRUE, FALSE, NOT_FINITE, INT, FLOAT, OLD_BOOLEAN)
-        )
+        taken = any(kind.fullmatch(value) for kind in (NULL, TRUE, FALSE, NOT_FINITE, INT, FLOAT, OLD_BOOLEAN))
         if PLAIN.fullmatch(value) and not taken:
             return value
         # JSON's quoting is YAML's, but for line separators, which YAML would fold.

@@ -191,6 +191,21 @@ def test_schema_and_doctor(run):
     assert "onnxruntime" in json.loads(out)
 
 
+def _edit(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _poison(model: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    name = sorted(tensors)[3]
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[1] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
 BREAKS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "truncated weights": (
         lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-500]),
@@ -205,21 +220,6 @@ BREAKS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "strange attribute": (lambda m: _edit(m, embedding_multiplier=12.0), 2, "embedding_multiplier"),
     "NaN": (_poison, 5, "NaN or infinite"),
 }
-
-
-def _edit(model: Path, **changes: object) -> None:
-    path = model / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def _poison(model: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(model / "model.safetensors")
-    name = sorted(tensors)[3]
-    tensors[name] = tensors[name].copy()
-    tensors[name].flat[1] = float("nan")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("case", BREAKS)

@@ -12,8 +12,8 @@ stream before it and A its inner activations:
 
 w makes a token count by its direction, which is all that the next norm passes on. Both fits pull towards the
 projected weights (lstsq.py), so where nothing is cut nothing changes. In memory: two streams, one batch's
-work, one fit's sums. Compare SliceGPT's code: no refit, each layer runs forward twice, about four copies of
-all activations.
+work, one fit's sums, and inner activations while they are few (HELD). Compare SliceGPT's code: no refit, each
+layer runs forward twice, about four copies of all activations.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from .stages import Stage, stages
 from .walk import Arguments, Seen, Walk
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+HELD = 1 << 28
+"""Bytes of inner activations that may be held so that a stage of the compressed model runs once instead of twice."""
 
 
 @dataclass
@@ -131,6 +134,7 @@ class Refit:
     ridge: float
     details: list[dict[str, Any]] = field(default_factory=list)
     moves: bool = False
+    held: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
     def layout(self) -> Layout:
@@ -152,7 +156,7 @@ class Refit:
                 self.reads(stage)
                 self.writes(stage)
                 if self.moves:
-                    self.small.move(stage)
+                    self.move(stage)
                     if stage is not steps[-1]:
                         passed.enter_context(self.dense.without(stage))
                         passed.enter_context(self.small.without(stage))
@@ -196,8 +200,11 @@ class Refit:
         scale = float(getattr(self.layout.config, self.layout.arch.branch_scale, 1.0))
         fit = Regression(*before.shape, intercept=bool(biased))
         constant = sum((self._get(f"{m}.bias").double() for m in biased), torch.zeros(before.shape[1])).double()
+        holds = self.moves and self._holds(before.shape[0])
         for number, batch in enumerate(self.data):
             inner, target, weight = self._written(stage, modules, number)
+            if holds:
+                self.held.append([inner[m] for m in modules])
             inner = torch.cat([batch.tokens(inner[m]) for m in modules], dim=-1).double()
             fit.add(inner, batch.tokens(target) / scale - constant, batch.tokens(weight[..., None])[:, 0])
         found, change = fit.solve(before, self.ridge)
@@ -228,6 +235,23 @@ class Refit:
             return seen.inputs, target - (seen.inputs[stage.after] - seen.outputs[modules[0]]), weight
         seen = self.small.observe(stage, number, [*modules, stage.norm or stage.reads[0]])
         return seen.inputs, target - seen.inputs[stage.norm or stage.reads[0]], weight
+
+    def _holds(self, width: int) -> bool:
+        """Whether what the writers read is small enough to be held until they are refitted."""
+        count = sum(stream[..., 0].numel() for stream in self.small.streams)
+        return self.layout.arch.stream == "pre-norm" and 4 * count * width <= HELD
+
+    def move(self, stage: Stage) -> None:
+        """The compressed streams behind a refitted stage: from what was held, else by running it again."""
+        if not self.held:
+            self.small.move(stage)
+            return
+        writers = [self.small.walk.model.get_submodule(writer.module) for writer in stage.writers]
+        scale = float(getattr(self.layout.config, self.layout.arch.branch_scale, 1.0))
+        for number, held in enumerate(self.held):
+            out = sum(writer(inner) for writer, inner in zip(writers, held, strict=True))
+            self.small.streams[number] = self.small.streams[number] + scale * out
+        self.held.clear()
 
     def head(self) -> None:
         """Refit what reads the final norm; of a tied head the final norm's gain is all that is free."""

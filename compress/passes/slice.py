@@ -29,11 +29,15 @@ from ..errors import PreflightError
 from ..fuse import norms, restate, rotatable, tied_heads
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
+from ..refit import HELD
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 TOKENS_PER_REGRESSOR = 200
 """Calibration tokens that a fit needs per regressor: below, it learns the sample (measured on stories260K)."""
+
+TOKENS = 1 << 16
+"""Calibration tokens that the forecast of memory assumes; more take 8 bytes times hidden each."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,10 +168,10 @@ def hidden_grid(layout: Layout, chosen: int, round_to: int) -> list[str]:
 
 
 def memory(before: Layout, after: Layout) -> int:
-    """Bytes beside the stored weights: working copies, the moments, activations of a batch."""
+    """Bytes beside the stored weights, for up to `TOKENS` of calibration: float32 models, metrics, two streams."""
     d, depth = before.families["hidden"], before.depth
-    metrics = 8 * d * d * (2 * depth + 6)
-    return 12 * before.parameters + 8 * after.parameters + metrics + 4096 * 64 * d
+    models = 4 * (3 * before.parameters + 2 * after.parameters)
+    return models + 8 * d * d * (2 * depth + 8) + 8 * d * TOKENS + HELD
 
 
 def too_few_tokens(layout: Layout, calibration: Sequence[np.ndarray]) -> list[str]:

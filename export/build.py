@@ -6,11 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-
 from tersor.compress.checkpoint import Checkpoint
 
 from . import trace
-from .core import core
+from .core import core, head
 from .front import Clock
 from .pooling import Pooling
 from .stitch import stitch
@@ -34,8 +33,13 @@ def build(
     pooling = Pooling.of(checkpoint.side_files) if layout.task == "feature-extraction" else None
     module = checkpoint.model(torch.float32)
     module.config.use_cache = False
-    model = core(module, layout.arch.token_types, layout.depth, opset)
-    stitch(model, pooling, Clock(layout.arch.positions_count, layout.first_position), inputs)
+    classes = layout.task == "text-classification"
+    base = layout.prefix.rstrip(".")
+    inner = module.get_submodule(base) if classes else module
+    model = core(inner, layout.arch.token_types, layout.depth, opset)
+    behind = head(module, base, layout.sizes["hidden"], opset) if classes else None
+    clock = Clock(layout.arch.positions_count, layout.first_position)
+    stitch(model, pooling, clock, inputs, behind)
     if static is not None:
         fix(model, static)
     return model, facts(checkpoint, model, pooling, inputs, opset, static)

@@ -2,19 +2,18 @@
 
 It cuts the sequences into calls of about `tokens_per_call` tokens, lays each call out as the artifact wants it
 (segments side by side in one row, or one sequence a row), runs ONNX Runtime, and puts every answer where its sequence
-came from. It holds no state between calls, and ONNX Runtime's session is thread-safe, so one client serves many threads.
+came from. It holds no state between calls, and ONNX Runtime's session is thread-safe: one client serves many threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from tersor.compress.errors import PreflightError, RecipeError
-from tersor.compress.evaluate import Output
+from tersor.compress.evaluate import OUTPUTS, Output
 from tersor.compress.packing import pack
 
 from .artifact import Artifact
@@ -48,25 +47,50 @@ class Client:
             self.session = onnxruntime.InferenceSession(
                 str(self.artifact.model_path), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ORT raises its own types for one cause: the file is not a model it can run
+        except (
+            Exception
+        ) as error:  # ORT raises its own types for one cause: the file is not a model it can run
             reason = str(error).splitlines()[0][:200]
             raise PreflightError(
                 str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file"
             ) from error
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.output: Output = "logits" if "logits" in self.outputs else "embedding"
+        self.output: Output = OUTPUTS[str(self.artifact.manifest["task"])]
         self.parameters = int(self.artifact.manifest.get("parameters", 0))
         self.bytes = self.artifact.bytes
         self._tokenizer: Any = None
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Answer token sequences (int `[n_i]`): logits `[n_i, vocab]` or an embedding `[hidden]` each, float32.
+        """Answer token sequences (int `[n_i]`): float32 logits `[n_i, vocab]`, an embedding `[hidden]` or
+        classes `[labels]` each.
 
         Raises:
             RecipeError: a sequence is empty or too long, or an id lies outside the vocabulary; says which.
         """
-        name = "logits" if self.output == "logits" else "sentence_embedding"
-        return self.ask(sequences, name)
+        return self.ask(sequences, self._main)
+
+    @property
+    def _main(self) -> str:
+        return "sentence_embedding" if self.output == "embedding" else "logits"
+
+    def stream(self, sequences: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Answer an endless supply, in its order, a call at a time: nothing is read before its call is due, so a slow
+        consumer holds the supply back.
+
+        Raises:
+            RecipeError: as when calling the client; sequences are numbered from the start.
+        """
+        held: list[np.ndarray] = []
+        used = 0
+        for number, sequence in enumerate(sequences):
+            ids = self.checked(sequence, number)
+            if held and used + len(ids) > self.tokens_per_call:
+                yield from self(held)
+                held, used = [], 0
+            held.append(ids)
+            used += len(ids)
+        if held:
+            yield from self(held)
 
     def ask(self, sequences: Sequence[np.ndarray], output: str) -> list[np.ndarray]:
         """Like calling the client, for the output of this name (`last_hidden_state`: `[n_i, hidden]`)."""
@@ -98,7 +122,9 @@ class Client:
 
             path = self.artifact.directory / "tokenizer.json"
             if not path.is_file():
-                raise PreflightError(str(path), "no such file", "a tokenizer", "Pass token ids instead of texts.")
+                raise PreflightError(
+                    str(path), "no such file", "a tokenizer", "Pass token ids instead of texts."
+                )
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -151,7 +177,10 @@ class Client:
         self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray]
     ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int, int]]]:
         """Inputs of one call, and where each sequence lies: (row, place in the row, start, end)."""
-        height, width = self.artifact.static or (len(rows), max(sum(len(ids[n]) for n in row) for row in rows))
+        height, width = self.artifact.static or (
+            len(rows),
+            max(sum(len(ids[n]) for n in row) for row in rows),
+        )
         tokens = np.zeros((height, width), np.int64)
         segments = np.zeros_like(tokens)
         spans = []
@@ -176,7 +205,7 @@ class Client:
         for first in range(0, len(rows), height):
             feed, spans = self.feed(rows[first : first + height], ids)
             for name, result in zip(names, self.session.run(names, feed), strict=True):
-                if name != "sentence_embedding":
+                if not self.artifact.per_sequence(name):
                     answers[name] += [result[r, start:end] for r, _, start, end in spans]
                 elif static is not None:
                     answers[name] += [result[r, k] for r, k, _, _ in spans]

@@ -12,9 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
-
 from tersor.compress.errors import RecipeError
+from torch import nn
 
 from . import trace
 
@@ -42,7 +41,9 @@ def refuse_unknown(arguments: dict[str, Any]) -> None:
     """
     for name, value in arguments.items():
         if value is not None and name not in IGNORED:
-            raise RecipeError("export", f"attention with {name}", "plain, causal, windowed or capped attention")
+            raise RecipeError(
+                "export", f"attention with {name}", "plain, causal, windowed or capped attention"
+            )
 
 
 def attend(
@@ -94,6 +95,42 @@ class Core(nn.Module):
         out = self.model(input_ids=input_ids, position_ids=position_ids, **extra)
         answer: torch.Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
         return answer
+
+
+class Head(nn.Module):
+    """A sequence classifier behind its base model: a function of each sequence's first state, `[sequences, 1, hidden]`.
+
+    The classifier's own forward runs; its base model hands out the given states. A head that reads more than the first
+    state computes something else, which parity refuses.
+    """
+
+    def __init__(self, model: nn.Module, base: str):
+        super().__init__()
+        self.model, self.base = model, base
+
+    def forward(self, first: torch.Tensor) -> torch.Tensor:
+        """Logits `[sequences, labels]`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        base = self.model.get_submodule(self.base)
+        pooler = getattr(base, "pooler", None)
+        answer = BaseModelOutputWithPooling(
+            last_hidden_state=first, pooler_output=None if pooler is None else pooler(first)
+        )
+        base.forward = lambda *_, **__: answer
+        try:
+            logits: torch.Tensor = self.model(input_ids=torch.zeros(first.shape[:2], dtype=torch.long)).logits
+        finally:
+            del base.forward
+        return logits
+
+
+def head(model: nn.Module, base: str, hidden: int, opset: int) -> ir.Model:
+    """Trace a classifier's head; input `first` `[sequences, 1, hidden]`, output `classes` `[sequences, labels]`."""
+    example = torch.linspace(-1, 1, 3 * hidden).reshape(3, 1, hidden)
+    traced = trace.trace(Head(model, base), [example], ["first"], ["classes"], TRACED, axes={0: "sequences"})
+    traced.graph.opset_imports[""] = opset
+    return traced
 
 
 def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Model:

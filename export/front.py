@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,10 @@ class Front(ABC):
     @abstractmethod
     def spread(self, ops: Ops, answer: ir.Value, width: int) -> ir.Value:
         """`[N, width]` as `[batch, sequence, width]`, zero at padding."""
+
+    @abstractmethod
+    def grid(self, ops: Ops, lines: ir.Value, width: int) -> ir.Value:
+        """`[…, width]` by cell as `[batch, sequence, width]`."""
 
     @abstractmethod
     def pool(self, ops: Ops, states: ir.Value, pooling: Pooling) -> ir.Value:
@@ -138,14 +143,16 @@ class Segments(Front):
         last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds, 1 << 40]
         self._views: list[tuple[ir.Value, ir.Value]] = []
         base, places = ops.constant([0]), None
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             over = ops("Greater", self._lengths, ops.constant([low]))
             member = ops("And", over, ops("LessOrEqual", self._lengths, ops.constant([high])))
             chosen = ops.nonzero(member)
             empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
             filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
             first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
-            their = ops("Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0)
+            their = ops(
+                "Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0
+            )
             longest = ops("ReduceMax", their, keepdims=1)
             view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), last)
             self._views.append((view, their))
@@ -192,13 +199,17 @@ class Segments(Front):
         self._masks[key] = ops.unsqueeze(seen, 1)
         return self._masks[key]
 
+    def grid(self, ops: Ops, lines: ir.Value, width: int) -> ir.Value:
+        """See `Front`."""
+        return ops("Reshape", lines, ops("Concat", ops("Shape", self._mask), ops.constant([width]), axis=0))
+
     def spread(self, ops: Ops, answer: ir.Value, width: int) -> ir.Value:
         """See `Front`."""
         cells = ops("Shape", ops.reshape(self._mask, -1))
         shape = ops("Concat", cells, ops.constant([width]), axis=0)
         zeros = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
         filled = ops("ScatterND", zeros, ops.unsqueeze(self._index, 1), answer)
-        return ops("Reshape", filled, ops("Concat", ops("Shape", self._mask), ops.constant([width]), axis=0))
+        return self.grid(ops, filled, width)
 
     def pool(self, ops: Ops, states: ir.Value, pooling: Pooling) -> ir.Value:
         """Embeddings `[S, width]`, row by row in the order in which segments begin."""
@@ -260,7 +271,9 @@ class Cells(Front):
         if key not in self._masks:
             seen = self._same
             if causal:
-                order = ops("GreaterOrEqual", ops.unsqueeze(self._columns, 1), ops.unsqueeze(self._columns, 0))
+                order = ops(
+                    "GreaterOrEqual", ops.unsqueeze(self._columns, 1), ops.unsqueeze(self._columns, 0)
+                )
                 seen = ops("And", seen, order)
             if window:
                 distance = ops("Sub", ops.unsqueeze(self._grid, 2), ops.unsqueeze(self._grid, 1))
@@ -269,10 +282,14 @@ class Cells(Front):
             self._masks[key] = ops.unsqueeze(seen, 1)
         return self._masks[key]
 
+    def grid(self, ops: Ops, lines: ir.Value, width: int) -> ir.Value:
+        """See `Front`."""
+        return ops("Reshape", lines, ops("Concat", self._shape, ops.constant([width]), axis=0))
+
     def spread(self, ops: Ops, answer: ir.Value, width: int) -> ir.Value:
         """See `Front`."""
-        grid = ops("Reshape", answer, ops("Concat", self._shape, ops.constant([width]), axis=0))
-        return ops("Where", ops.unsqueeze(self._real, 2), grid, ops.constant(0, np.float32))
+        shown = ops.unsqueeze(self._real, 2)
+        return ops("Where", shown, self.grid(ops, answer, width), ops.constant(0, np.float32))
 
     def pool(self, ops: Ops, states: ir.Value, pooling: Pooling) -> ir.Value:
         """Embeddings `[batch, sequence, width]`: entry k − 1 is segment k's, zero where there is none."""
@@ -288,9 +305,12 @@ class Cells(Front):
         return _normalized(ops, mean) if pooling.normalize else mean
 
 
-def _time(ops: Ops, mask: ir.Value, ids: ir.Value, clock: Clock) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+def _time(
+    ops: Ops, mask: ir.Value, ids: ir.Value, clock: Clock
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """The clock at every cell from 0, int64 `[batch, sequence]`; what a segment that starts there subtracts; and,
-    where ids count, 1 at cells that it counts."""
+    where ids count, 1 at cells that it counts.
+    """
     shape = ops("Shape", mask)
     if clock.counts == "columns":
         time = ops("Expand", ops.range(ops.size(mask, 1)), shape)

@@ -54,7 +54,9 @@ def products(graph: ir.Graph) -> list[Product]:
     """Every MatMul with a stored two-dimensional weight."""
     found = []
     for node in graph:
-        weight = node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        weight = (
+            node.inputs[1].const_value if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        )
         if weight is not None and len(weight.shape) == 2 and weight.size >= SMALLEST:
             found.append(Product(node, weight.numpy()))
     return found
@@ -76,7 +78,8 @@ def error(x: np.ndarray, weight: np.ndarray) -> float:
     """‖ŷ − y‖ / ‖y‖ of one product on real lines `[t, k]`."""
     small, scale = columns(weight)
     exact = x @ weight
-    return float(np.linalg.norm(lines(x) @ (small * scale) - exact) / max(np.linalg.norm(exact), 1e-30))
+    moved = float(np.linalg.norm(lines(x) @ (small * scale) - exact))
+    return moved / max(float(np.linalg.norm(exact)), 1e-30)
 
 
 def choose(model: ir.Model, client: Client, ids: Sequence[np.ndarray]) -> dict[str, float]:
@@ -137,7 +140,12 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         _replace(graph, node, ops)
     for number, node in enumerate([n for n in graph if n.op_type == "Gather"]):
         table = node.inputs[0].const_value if node.inputs[0] is not None else None
-        if table is None or len(table.shape) != 2 or table.size < SMALLEST or table.dtype != ir.DataType.FLOAT:
+        if (
+            table is None
+            or len(table.shape) != 2
+            or table.size < SMALLEST
+            or table.dtype != ir.DataType.FLOAT
+        ):
             continue
         ops = Ops(f"table_{number}")
         small, per_row = columns(table.numpy().T, levels=127)

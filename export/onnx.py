@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import RecipeError, TersorError
 from tersor.compress.exporter import Exporter
@@ -23,7 +22,7 @@ from tersor.compress.pass_ import STRICT, Forecast
 
 from .client import Client
 
-TASKS = ("feature-extraction", "text-generation")
+TASKS = ("feature-extraction", "text-generation", "fill-mask", "text-classification")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,6 +52,8 @@ class Onnx(Exporter):
         """
         if layout.task not in TASKS:
             raise RecipeError("export: onnx", f"task {layout.task!r}", " or ".join(TASKS))
+        if layout.task == "text-classification" and layout.arch.causal:
+            raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx: inputs",
@@ -71,7 +72,9 @@ class Onnx(Exporter):
             _empty(directory)
             raise
 
-    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _write(
+        self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
+    ) -> dict[str, Any]:
         from . import artifact, int8, parity, trace
         from .build import build
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-
 from tersor.compress.errors import ParityMissed
 from tersor.compress.packing import pack
 
@@ -35,7 +34,7 @@ REAL = 6
 COSINE = 0.8
 """Mean cosine under which an int8 file is taken for broken rather than coarse."""
 DRIFT = 0.01
-"""How far, of the scale, a neighbour may move an int8 answer: float32 noise that tips a rounding, not a shared scale."""
+"""How far, of the scale, a neighbour may move an int8 answer: float32 noise that tips a rounding, no shared scale."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,9 @@ def _cosines(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
     pairs = zip(a, b, strict=True)
     rows = [(np.atleast_2d(x.astype(np.float64)), np.atleast_2d(y.astype(np.float64))) for x, y in pairs]
     norms = [np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1) for x, y in rows]
-    return np.concatenate([(x * y).sum(1) / np.maximum(n, 1e-30) for (x, y), n in zip(rows, norms, strict=True)])
+    return np.concatenate(
+        [(x * y).sum(1) / np.maximum(n, 1e-30) for (x, y), n in zip(rows, norms, strict=True)]
+    )
 
 
 def hold_int8(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -153,7 +154,10 @@ def hold_int8(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarr
         cosine = np.concatenate(
             [_cosines(got[name], [want[i] for i in o]) for o, (_, got) in zip(order, calls, strict=True)]
         )
-        drift = max(_distance(got[name], [alone[name][i] for i in o]) for o, (_, got) in zip(order, calls, strict=True))
+        drift = max(
+            _distance(got[name], [alone[name][i] for i in o])
+            for o, (_, got) in zip(order, calls, strict=True)
+        )
         scale = _scale(want, by_norm=name != "logits")
         found[name] = {
             "rule": f"mean cosine to fp64 >= {COSINE}, packed against alone <= {DRIFT} scale",

@@ -11,13 +11,17 @@ from .ops import Ops
 from .pooling import Pooling
 
 PLAIN = frozenset(
-    """Add Sub Mul Div MatMul Gather LayerNormalization RMSNormalization Gelu Relu Sigmoid Tanh Erf Sqrt Pow Cast
-    Identity""".split()
+    (
+        *("Add", "Sub", "Mul", "Div", "MatMul", "Gather", "LayerNormalization", "RMSNormalization"),
+        *("Gelu", "Relu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Pow", "Cast", "Identity"),
+    )
 )
 """Operators that treat `[N, n]` as they treat `[1, N, n]`."""
 
 
-def stitch(core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str) -> None:
+def stitch(
+    core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str, head: ir.Model | None = None
+) -> None:
     """Make the stock interface around a core, in place.
 
     Args:
@@ -25,6 +29,7 @@ def stitch(core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str) -
         pooling: for features; None for logits.
         clock: how the stock model counts positions.
         inputs: `packed`; `padded`, where every number above 0 is the one sequence; or `packed-static`.
+        head: from `core.head`, for classes; emptied.
     """
     graph, ops = core.graph, Ops("front")
     names = ["input_ids", "attention_mask", *(v.name for v in graph.inputs if v.name == "token_type_ids")]
@@ -43,7 +48,7 @@ def stitch(core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str) -
     graph.insert_before(graph[0], ops.nodes)
     for number, node in enumerate([n for n in graph if n.domain == DOMAIN]):
         fill(graph, node, front, Ops(f"attention{number}"), flat)
-    _answer(graph, front, pooling, inputs)
+    _answer(graph, front, pooling, inputs, head)
     graph.inputs.clear()
     graph.inputs.extend(values.values())
     graph.opset_imports.pop(DOMAIN, None)
@@ -64,23 +69,54 @@ def _input(name: str) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(["batch", "sequence"]), type=ir.TensorType(ir.DataType.INT64))
 
 
-def _answer(graph: ir.Graph, front: Front, pooling: Pooling | None, inputs: str) -> None:
+def _answer(
+    graph: ir.Graph, front: Front, pooling: Pooling | None, inputs: str, head: ir.Model | None
+) -> None:
     ops, answer, shape = Ops("answer"), graph.outputs[0], graph.outputs[0].shape
     assert shape is not None
     width = int(shape[-1])  # type: ignore[arg-type]
     answer.shape, answer.type = None, None  # it may have lost its leading 1
     graph.outputs.clear()
     lines = ops.reshape(answer, -1, width)
-    name = "logits" if pooling is None else "last_hidden_state"
-    outputs = [(name, front.spread(ops, lines, width), ["batch", "sequence", width])]
+    static = inputs == "packed-static"
+    each = ["batch", "sequence"] if static else ["sequences"]
+    outputs: list[tuple[str, ir.Value, list[str | int]]] = []
+    if head is not None:
+        first = ops.unsqueeze(ops.reshape(front.pool(ops, lines, Pooling("cls")), -1, width), 1)
+        classes, labels = _inline(graph, ops, head, first)
+        if static:
+            classes = front.grid(ops, classes, labels)
+        outputs.append(("logits", classes, [*each, labels]))
+    else:
+        name = "logits" if pooling is None else "last_hidden_state"
+        outputs.append((name, front.spread(ops, lines, width), ["batch", "sequence", width]))
     if pooling is not None:
-        dims = ["batch", "sequence", width] if inputs == "packed-static" else ["sequences", width]
-        outputs.append(("sentence_embedding", front.pool(ops, lines, pooling), dims))
+        outputs.append(("sentence_embedding", front.pool(ops, lines, pooling), [*each, width]))
     for name, value, dims in outputs:
         value.name, value.shape, value.type = name, ir.Shape(dims), ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(value)
     ops.register(graph)
     graph.extend(ops.nodes)
+
+
+def _inline(graph: ir.Graph, ops: Ops, inner: ir.Model, value: ir.Value) -> tuple[ir.Value, int]:
+    """Move the nodes of a model with one input and one output to where `ops` writes; its output and last dimension."""
+    output, shape = inner.graph.outputs[0], inner.graph.outputs[0].shape
+    assert shape is not None
+    inner.graph.inputs[0].replace_all_uses_with(value)
+    inner.graph.outputs.clear()
+    for name, weight in list(inner.graph.initializers.items()):
+        inner.graph.initializers.pop(name)
+        weight.name = f"head_{name}"
+        graph.register_initializer(weight)
+    nodes = list(inner.graph)
+    inner.graph.remove(nodes)
+    for node in nodes:
+        node.name = f"head_{node.name}"
+        for made in node.outputs:
+            made.name = f"head_{made.name}"
+    ops.nodes += nodes
+    return output, int(shape[-1])  # type: ignore[arg-type]
 
 
 def fill(graph: ir.Graph, node: ir.Node, front: Front, ops: Ops, flat: bool) -> None:
@@ -129,7 +165,9 @@ def lines(ops: Ops, x: ir.Value, heads: int, width: int) -> ir.Value:
     if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]:
         return ops.reshape(source, -1, width)
     if node.op_type == "RotaryEmbedding" and not node.domain:
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()} | {"num_heads": heads}
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()} | {
+            "num_heads": heads
+        }
         whole = ops.unsqueeze(lines(ops, source, heads, width), 0)
         return ops.squeeze(ops("RotaryEmbedding", whole, *node.inputs[1:], **attributes))
     return ops.reshape(ops("Transpose", x, perm=[0, 2, 1, 3]), -1, width)
@@ -153,7 +191,11 @@ def is_plain(graph: ir.Graph) -> bool:
     for node in graph:
         table = node.op_type == "Gather" and node.inputs[1] in graph.inputs
         ids = any(x is v for x in node.inputs for v in graph.inputs if v.name != "position_ids")
-        if table or ids or any(x is not None and id(x.producer()) in stream for x in node.inputs if x is not None):
+        if (
+            table
+            or ids
+            or any(x is not None and id(x.producer()) in stream for x in node.inputs if x is not None)
+        ):
             stream.add(id(node))
     return all(n.op_type in PLAIN for n in graph if id(n) in stream and id(n) not in spared)
 
@@ -162,7 +204,11 @@ def _before(node: ir.Node) -> list[ir.Node]:
     found, todo = [], [x.producer() for x in node.inputs if x is not None]
     while todo:
         one = todo.pop()
-        if one is not None and one.op_type in ("Reshape", "Transpose", "RotaryEmbedding") and one.inputs[0] is not None:
+        if (
+            one is not None
+            and one.op_type in ("Reshape", "Transpose", "RotaryEmbedding")
+            and one.inputs[0] is not None
+        ):
             found.append(one)
             todo.append(one.inputs[0].producer())
     return found

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import nn
-
 from tersor.compress.errors import TersorError
+from torch import nn
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

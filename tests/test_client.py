@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def sequences(lengths: list[int], seed: int = 0) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", ["encoder", "padded", "decoder", "static"])
 @pytest.mark.parametrize("budget", [1, 16, 1024])
-def test_answers_come_in_arrival_order_whatever_the_calls(name: str, budget: int, artifacts: dict[str, Path]) -> None:
+def test_answers_come_in_arrival_order_whatever_the_calls(
+    name: str, budget: int, artifacts: dict[str, Path]
+) -> None:
     client = Client(artifacts[name], threads=1, tokens_per_call=budget)
     ids = sequences([5, 1, 30, 2, 17, 9, 64, 3])
     got = client(ids)
@@ -49,6 +52,26 @@ def test_answers_come_in_arrival_order_whatever_the_calls(name: str, budget: int
     for number, answer in zip(order, client([ids[n] for n in order]), strict=True):
         assert np.abs(answer - got[number]).max() < 2e-5
     assert np.abs(got[0][-1] - got[4][-1]).max() > 1e-3
+
+
+def test_a_stream_answers_in_order_and_reads_no_further_than_its_call(artifacts: dict[str, Path]) -> None:
+    client = Client(artifacts["encoder"], threads=1, tokens_per_call=16)
+    ids, read = sequences([5, 9, 7, 3, 16, 2, 40, 1]), 0
+
+    def supply() -> Iterator[np.ndarray]:
+        nonlocal read
+        for one in ids:
+            read += 1
+            yield one
+
+    answers = client.stream(supply())
+    first = next(answers)
+    assert read == 3  # the third is what no longer fits
+    for got, want in zip([first, *answers], client(ids), strict=True):
+        assert np.abs(got - want).max() < 2e-5
+    assert list(client.stream(iter(()))) == []
+    with pytest.raises(RecipeError, match="sequence 2: found no tokens"):
+        list(client.stream([ids[0], ids[1], np.array([], np.int64)]))
 
 
 def test_no_sequences_no_answers(artifacts: dict[str, Path]) -> None:
@@ -86,7 +109,11 @@ def test_any_arrangement_gives_each_sequence_its_own_answer(
     rows = data.draw(st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=6), min_size=1, max_size=4))
     laid = []
     for row in rows:
-        tokens, numbers, number = [], [], 1  # a gap before segment 1 would move its positions, as in the stock model
+        tokens, numbers, number = (
+            [],
+            [],
+            1,
+        )  # a gap before segment 1 would move its positions, as in the stock model
         for place, sequence in enumerate(row):
             number += data.draw(st.integers(1, 3)) if place else 0
             gap = data.draw(st.integers(0, 3)) if place else 0

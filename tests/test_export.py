@@ -40,7 +40,9 @@ FORMS = {
 PACKED = [name for name, (_, _, inputs) in FORMS.items() if inputs == "packed"]
 SIDE = {
     "cls": {"1_Pooling/config.json": b'{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'},
-    "normalized": {"modules.json": b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Normalize"}]'},
+    "normalized": {
+        "modules.json": b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Normalize"}]'
+    },
 }
 
 Made = Callable[[str], tuple[Checkpoint, Path]]
@@ -271,7 +273,9 @@ def test_the_documented_lines_run_without_tersor(form: str, made: Made) -> None:
     code = re.search(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.S)
     assert code is not None
     assert len(code.group(1).strip().splitlines()) == 5
-    program = code.group(1) + "import sys; assert not {'torch', 'tersor', 'transformers'} & set(sys.modules)\n"
+    program = (
+        code.group(1) + "import sys; assert not {'torch', 'tersor', 'transformers'} & set(sys.modules)\n"
+    )
     program += "np.save(sys.argv[1], outputs[0])\n"
     result = directory.parent / f"{form}.npy"
     subprocess.run([sys.executable, "-c", program, str(result)], cwd=directory, check=True)
@@ -308,7 +312,7 @@ def test_a_changed_file_is_noticed(made: Made, tmp_path: Path) -> None:
     "content", ["", "[]", '{"format": 2}', '{"format": 1}'], ids=["empty", "list", "newer", "incomplete"]
 )
 def test_a_broken_manifest_is_one_clear_error(content: str, tmp_path: Path) -> None:
-    with pytest.raises(PreflightError, match="no artifact.json"):
+    with pytest.raises(PreflightError, match=r"no artifact\.json"):
         Artifact.open(tmp_path)
     (tmp_path / "artifact.json").write_text(content)
     with pytest.raises(PreflightError):
@@ -319,8 +323,8 @@ def test_options_are_strict(tiny: Any) -> None:
     for wrong in ({"inputs": "ragged"}, {"opset": "23"}, {"opset": 17}, {"speed": 1}, {"width": 100}):
         with pytest.raises(ValueError, match="validation error"):
             Onnx(**wrong)
-    with pytest.raises(RecipeError, match="text-classification"):
-        Onnx().requires(tiny("bert", "text-classification").layout)
+    with pytest.raises(RecipeError, match="image-classification"):
+        Onnx().requires(tiny("vit").layout)
 
 
 def test_attention_arguments_that_are_not_understood_are_refused() -> None:
@@ -329,6 +333,29 @@ def test_attention_arguments_that_are_not_understood_are_refused() -> None:
     refuse_unknown({"dropout": 0.0, "position_bias": None})
     with pytest.raises(RecipeError, match="position_bias"):
         refuse_unknown({"position_bias": 30.0})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "inputs"),
+    [
+        ("bert", "text-classification", "packed"),
+        ("roberta", "text-classification", "packed-static"),
+        ("distilbert", "fill-mask", "packed"),
+    ],
+)
+def test_other_heads_answer_each_sequence_as_if_alone(
+    model_type: str, task: str, inputs: Any, tiny: Any, tmp_path: Path
+) -> None:
+    checkpoint = tiny(model_type, task)
+    Onnx(inputs=inputs).write(checkpoint, tmp_path, [])
+    client = Onnx().open(tmp_path, threads=1)
+    assert client.output == ("classes" if task == "text-classification" else "token_logits")
+    ids = [draw(n, seed=n) for n in (5, 11, 2)]
+    alone = [forward(checkpoint, input_ids=torch.from_numpy(i)[None])[0] for i in ids]
+    for got, want in zip(client(ids), alone, strict=True):
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() < 2e-5
+    assert np.abs(alone[0][-1] - alone[1][-1]).max() > 1e-3
 
 
 def operators(model: onnx.ModelProto) -> set[tuple[str, str]]:
@@ -374,7 +401,7 @@ def test_onnx_runtime_does_not_fuse_the_slow_norm(form: str, made: Made, tmp_pat
 @pytest.mark.parametrize("row", [[1, 2, 1], [2, 1, 0], [2, 0, 1]])
 def test_segments_in_pieces_fail_rather_than_answer(form: str, row: list[int], made: Made) -> None:
     _, directory = made(form)
-    with pytest.raises(Exception, match="out of data bounds"):
+    with pytest.raises(Exception, match=r"out of data bounds"):
         run(directory, draw(1, 3), np.array([row], np.int64))
 
 

@@ -55,7 +55,7 @@ class Cutter:
         some = sample(context.calibration, max(SENSITIVITY_TOKENS, 8 * layout.families["hidden"]), context.seed)
         found = sensitivity(model, layout, context.track(batches(some, layout), "sensitivity"), context.seed)
         if any("hidden" in sizes for sizes in options):
-            cutter.basis = weighted_basis(found.moments, sum(found.metrics.values()))
+            cutter.basis = weighted_basis(found.moments, torch.stack(list(found.metrics.values())).sum(0))
         shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
         keep = {axis: min(sizes[axis] for sizes in options if axis in sizes) for axis in shrunk}
         cutter.orders = removal_orders(model, layout, tensors, data, keep, found.metrics, context.track)

@@ -77,7 +77,8 @@ def _singles(inverse: torch.Tensor, weight: torch.Tensor, _width: int, count: in
 
     A step needs of the inverse only its diagonal and one row, and of the weights only their norms and one row.
     """
-    names, order = torch.arange(len(weight)), []
+    names = torch.arange(len(weight))
+    order: list[int] = []
     while len(order) < count:
         steps = min(most, count - len(order))
         gains, columns = inverse.new_zeros(steps, len(weight)), inverse.new_zeros(len(weight), steps)

@@ -174,7 +174,8 @@ class Refit:
     def reads(self, stage: Stage) -> None:
         """Refit what the stage reads to what its dense twin reads."""
         first = stage.reads[0]
-        fit = Regression(*self.start().shape, intercept=self._biased(stage.reads))
+        inp, out = self.start().shape
+        fit = Regression(inp, out, intercept=self._biased(stage.reads))
         for number, batch in enumerate(self.data):
             seen, wanted = (side.observe(stage, number, [first]).inputs[first] for side in (self.small, self.dense))
             fit.add(batch.tokens(seen), batch.tokens(finite(wanted, first)))
@@ -198,7 +199,7 @@ class Refit:
         before = torch.cat([weight.reshape(-1, weight.shape[-1]) for weight, _ in weights])
         biased = [m for m in modules if f"{m}.bias" in self.layout.tensors]
         scale = float(getattr(self.layout.config, self.layout.arch.branch_scale, 1.0))
-        fit = Regression(*before.shape, intercept=bool(biased))
+        fit = Regression(before.shape[0], before.shape[1], intercept=bool(biased))
         constant = sum((self._get(f"{m}.bias").double() for m in biased), torch.zeros(before.shape[1])).double()
         holds = self.moves and self._holds(before.shape[0])
         for number, batch in enumerate(self.data):
@@ -264,7 +265,8 @@ class Refit:
             if self.basis is not None:
                 self.tied_head(final, modules[0])
             return
-        fit = Regression(*self.start().shape, intercept=self._biased(modules))
+        inp, out = self.start().shape
+        fit = Regression(inp, out, intercept=self._biased(modules))
         for batch, zh, z in self._final(final):
             fit.add(batch.tokens(zh), batch.tokens(z))
         self._take_reads(modules, fit)

@@ -162,4 +162,5 @@ def test_the_forecast_promises_nothing(tiny):
     layout = tiny("llama").layout
     forecast = Compact().requires(layout)
     assert forecast.layout is layout
+    assert not forecast.exact
     assert "when the weights are read" in forecast.notes[0]

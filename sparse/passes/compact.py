@@ -50,7 +50,8 @@ class Compact(Pass):
                     " or ".join(known) or "another architecture",
                     f"A stock {layout.arch.model_type} config keeps {word} fixed.",
                 )
-        return Forecast(layout, notes=("zero units are known when the weights are read: none is counted here",))
+        note = "zero units are known when the weights are read: none is counted here"
+        return Forecast(layout, notes=(note,), exact=False)
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Shrink every axis asked for, one after the other."""

@@ -18,6 +18,7 @@ from .preflight import size
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .recipe import ExportStep, PassStep
 
 SHORTEST = 3  # values that make a plot
 SERIES = 6  # lines in one plot
@@ -67,7 +68,8 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _asked(plan: Plan) -> Iterator[str]:
     """What the recipe asks for, a line each."""
     recipe = plan.recipe
-    for step in (*recipe.passes, *recipe.export):
+    steps: tuple[PassStep | ExportStep, ...] = (*recipe.passes, *recipe.export)
+    for step in steps:
         options = report.options_of(step.options)
         given = ", ".join(f"{key}: {_scalar(value)}" for key, value in options.items() if value is not None)
         yield f"{step.use}{f' with {given}' if given else ''}"

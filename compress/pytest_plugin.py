@@ -9,6 +9,7 @@ Loaded by pytest itself through the entry point `tersor`; imports nothing but py
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ class AccuracyGate:
         self,
         model: str | Path,
         *,
-        data: str | Path | None = None,
+        data: str | Path | Mapping[str, Any] | None = None,
         recipe: str | Path | None = None,
         original: str | Path | None = None,
         max: Limits | None = None,
@@ -67,7 +68,6 @@ class AccuracyGate:
         metrics: tuple[str, ...] | list[str] = (),
         samples: int = 128,
         length: int = 256,
-        field: str = "text",
         threads: int | None = None,
     ) -> dict[str, float]:
         """Fail the test if the model is outside a limit.
@@ -76,7 +76,8 @@ class AccuracyGate:
 
         Args:
             model: a checkpoint directory, a hub id or an artifact.
-            data: text to measure on: .txt, .jsonl or a folder. Either this or `recipe`.
+            data: what to measure on: a file or folder of text, or a mapping with the keys of a recipe's `heldout`.
+                Either this or `recipe`.
             recipe: take held-out text, metrics, gates and the original from a recipe.
             original: what `max_increase` and `max_drop` are relative to; without it, the baseline.
             max: by metric, what the value may not be over.
@@ -84,17 +85,15 @@ class AccuracyGate:
             max_increase: by metric, how far over the original: a number in the metric's unit, or `"2%"`.
             max_drop: by metric, how far under it.
             metrics: recorded in the baseline besides those with limits.
-            samples: how many samples of `data`.
-            length: tokens a sample.
-            field: the .jsonl field that holds the text.
+            samples: how many samples of `data`, if that is a path.
+            length: tokens a sample, likewise.
             threads: CPU threads.
 
         Returns:
             parameters, bytes and every metric by name.
         """
         __tracebackhide__ = True
-        from .accuracy import Asked, by_recipe, hold, limits
-        from .data import Source
+        from .accuracy import Asked, by_recipe, hold, limits, source_of
         from .errors import TersorError
 
         node = self._request.node
@@ -105,7 +104,8 @@ class AccuracyGate:
             if recipe is not None:
                 asked = by_recipe(str(model), str(recipe), gates, node.path.parent, threads)
             else:
-                source = Source(path=str(data), field=field, samples=samples, length=length)
+                plain = {"path": str(data), "samples": samples, "length": length}
+                source = source_of(data if isinstance(data, Mapping) else plain)
                 before = None if original is None else str(original)
                 asked = Asked(str(model), source, gates, before, tuple(metrics), node.path.parent, threads)
             command = f"pytest {node.nodeid!r} --accuracy-update".replace("'", '"')
@@ -116,7 +116,7 @@ class AccuracyGate:
         if found.failure is not None:
             pytest.fail(f"accuracy_gate: {found.failure}", pytrace=False)
         if found.written:
-            node.user_properties.append((WRITTEN, str(path)))
+            node.user_properties.append((WRITTEN, os.path.relpath(path)))
         return found.values
 
     def _path(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,11 @@ def test_a_planted_regression_is_caught_and_readable(toy):
     assert "(baseline + 2%)" in said
     assert f"{before:.5g}"[:4] in said
     assert "rose most since the baseline on:" in said
-    assert any(part in said for part in ("def ", "width", "text")), "the worst examples come with their text"
+    examples = re.findall(r'sample (\d+): ([\d.,]+) → ([\d.,]+)  (".*")', said)
+    heldout = " ".join((toy.root / "heldout.txt").read_text().split())
+    assert len(examples) == 3, said[:3000]
+    assert all(json.loads(text) in heldout for *_, text in examples)
+    assert all(float(now.replace(",", "")) >= float(then.replace(",", "")) for _, then, now, _ in examples)
     assert "Traceback" not in said
     assert "hold(" not in said, "the failure is a message, not tersor's own frames"
 
@@ -136,7 +141,11 @@ def test_other_text_makes_the_baseline_stale(toy):
         file.write("one more line\n")
     code, said = toy.here()
     assert code == 1
-    assert "its text changed since the baseline (heldout.txt)" in said
+    assert "the data changed since the baseline (heldout.txt)" in said
+    toy.write(TEST.replace("samples=12", "samples=11"))
+    code, said = toy.here()
+    assert code == 1
+    assert "sha256, samples changed" in said or "samples, sha256 changed" in said
     toy.baseline.write_text("{}")
     code, said = toy.here()
     assert code == 1
@@ -148,7 +157,7 @@ def test_limits_relative_to_an_original(toy):
     toy.add_noise()  # `model` is what changes; `small` is its original
     toy.write("""
         def test_model(accuracy_gate):
-            accuracy_gate("model", original="small", data="heldout.txt", length=48, samples=12,
+            accuracy_gate("model", original="small", data={"path": "heldout.txt", "length": 48, "samples": 12},
                           max_increase={"kl": 0.0001, "perplexity": "1000%"}, min={"top1": 0.999})
     """)
     code, said = toy.here("--accuracy-update")
@@ -196,6 +205,7 @@ def test_a_recipe_brings_text_metrics_and_gates(toy):
         ('"model", data="heldout.txt", max={"perplexitty": 1}', "Did you mean perplexity"),
         ('"model", data="nothing.txt", max={"perplexity": 1}', "nothing.txt"),
         ('"./gone", data="heldout.txt", max={"perplexity": 1}', "./gone"),
+        ('"model", data={"path": "heldout.txt", "feild": "x"}, max={"perplexity": 1}', "data.feild"),
         ('"model", max={"perplexity": 1}', "either data= or recipe="),
         ('"model", data="heldout.txt", max={"latency_ms": 1}', "latency_ms"),
         ('"model", data="heldout.txt", max_increase={"kl": 1}', "without an original"),

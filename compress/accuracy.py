@@ -172,18 +172,16 @@ def _describe(asked: Asked) -> dict[str, Any]:
 def _measure(asked: Asked, update: bool) -> tuple[Block, Block | None, Sequence[Any]]:
     """The model, the original if it had to run, and the samples."""
     from .checkpoint import locate
-    from .data import read_samples
     from .evaluate import METRICS, check_metrics, evaluate
     from .evaluation import open_scorer
 
     check_metrics(asked.measured, place="accuracy_gate")
-    scorer, tokenizer = open_scorer(locate(asked.model, base=asked.base), asked.threads)
+    scorer, reader = open_scorer(locate(asked.model, base=asked.base), asked.threads)
     compared = any(METRICS[name].needs_reference for name in asked.measured)
     reference = None
     if asked.original is not None and (update or compared):
         reference, _ = open_scorer(locate(asked.original, base=asked.base), asked.threads)
-    windows = scorer.output == "logits"
-    samples = read_samples(asked.source, tokenizer, windows=windows, seed=None, base=asked.base, place="accuracy_gate")
+    samples = reader.read(asked.source, seed=None, base=asked.base, place="accuracy_gate")
 
     def block(of: Any) -> Block:
         scores = evaluate(of, samples, asked.measured, reference)

@@ -153,21 +153,20 @@ def _size(path: Path, threads: int | None) -> dict[str, Any]:
 def _measured(
     sides: Sequence[Side], source: Source, base: Path | None, metrics: Sequence[str], threads: int | None
 ) -> list[dict[str, dict[str, Any]]]:
-    from .data import read_samples
     from .evaluate import evaluate
     from .evaluation import open_scorer
-    from .run import DEFAULT_METRICS
+    from .run import default_metrics
 
     opened = []
     for side in sides:
         if side.model is None:
             raise PreflightError(side.name, "a run without a checkpoint", "one with model/ or failed/model/")
         opened.append(open_scorer(side.model, threads))
-    (first, tokenizer), (second, _) = opened
+    (first, reader), (second, _) = opened
     if first.output != second.output:
         raise RecipeError("tersor compare", f"{first.output} beside {second.output}", "two models of one task")
-    samples = read_samples(source, tokenizer, windows=first.output == "logits", seed=None, base=base, place="data")
-    wanted = tuple(metrics) or DEFAULT_METRICS[first.output]
+    samples = reader.read(source, seed=None, base=base, place="data")
+    wanted = tuple(metrics) or default_metrics(first.output, samples)
     blocks: list[dict[str, dict[str, Any]]] = []
     for scorer in (first, second):
         scores = evaluate(scorer, samples, wanted, first)

@@ -1,4 +1,4 @@
-"""Calibration and held-out text: from a file or a folder to token sequences, the same on every machine.
+"""Calibration and held-out text: from a file, a folder or a dataset to token sequences, the same on every machine.
 
 Causal models read windows: every document (a text file, a record, a file of a folder) follows a bos token
 where the tokenizer has one, all are joined, and the stream is cut into pieces of `length` tokens; the
@@ -9,6 +9,8 @@ A window's text is what its predicted tokens (all but the first) stand for: from
 the end of the last, by the tokenizer's own offsets. A token thus owns every character since the one before
 it, also what normalisation drops, and the bytes of all tokens add up to the bytes of the text, which bits per
 byte rests on.
+
+What brings labels, pairs, choices or images is read by reading.py; here is the source they share.
 """
 
 from __future__ import annotations
@@ -21,31 +23,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from .errors import PreflightError, RecipeError
 from .pass_ import STRICT
 from .paths import resolve_path
+from .tables import DATASETS
 from .units import RECORDS, Part, bounds, files, units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Name = Annotated[str, Field(min_length=1)]
 MOST_TEXT = 64_000_000  # characters of a stream: about a minute and 3 GB in the tokenizer
 
 
 @dataclass(frozen=True, config=STRICT)
 class Source:
-    """Where text comes from and how much of it is used.
+    """Where data comes from and how much of it is used.
 
     Attributes:
-        path: a .txt (or other text) file, a .jsonl, a folder of such, or `package:NAME/inner/path`.
-        field: the .jsonl field that holds the text.
+        path: a .txt (or other text) file, a table (.jsonl, .csv, .tsv, .parquet), a folder of such, a folder with a
+            sub-folder of images for each class, `package:NAME/inner/path`, or `datasets:ID` (a folder of
+            `save_to_disk` or a hub id).
+        field: the record's field that holds the text, or of a question the context before its choices.
         samples: how many sequences to take; fewer if there are fewer.
         length: tokens of a window (causal) or the most tokens of a sequence (encoders).
-        span: share of the units (lines, records, files) to use, e.g. `0%-60%`; all if None.
+        span: share of the units (lines, records, files, images of a class) to use, e.g. `0%-60%`; all if None.
+        label: the field that holds the class, the score of a pair, or the number of the right choice from 0.
+        pair: the two fields that hold the texts of a pair; instead of `field`.
+        choices: the fields that hold a question's answers; or one field that holds a list of them.
+        columns: names of the columns of a .csv or .tsv without a heading.
+        delimiter: of a .csv or .tsv, if not a comma or a tab as its ending says. With a tab, quotes are plain text.
+        split: of a dataset, e.g. `validation`.
+        subset: the dataset's configuration, where it has several.
     """
 
     path: str
@@ -53,6 +66,13 @@ class Source:
     samples: Annotated[int, Field(gt=0)] = 128
     length: Annotated[int, Field(gt=1)] = 512
     span: str | None = None
+    label: Name | None = None
+    pair: tuple[Name, Name] | None = None
+    choices: Annotated[tuple[Name, ...], Field(min_length=1)] = ()
+    columns: Annotated[tuple[Name, ...], Field(min_length=1)] = ()
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    split: Name | None = None
+    subset: Name | None = None
 
     @field_validator("span")
     @classmethod
@@ -60,24 +80,71 @@ class Source:
         bounds(span)
         return span
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> Source:
+        if self.pair and self.choices:
+            raise ValueError("pair and choices exclude each other")
+        if self.choices and not self.label:
+            raise ValueError("choices need label, the field with the number of the right one")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("columns name one twice")
+        is_dataset = self.path.startswith(DATASETS)
+        for name in ("split", "subset"):
+            if getattr(self, name) and not is_dataset:
+                raise ValueError(f"{name} is of a dataset, `path: {DATASETS}ID`")
+        for name in ("columns", "delimiter"):
+            if getattr(self, name) and (is_dataset or Path(self.path).suffix.lower() not in (".csv", ".tsv")):
+                raise ValueError(f"{name} is of a .csv or .tsv")
+        return self
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the records bring more than text."""
+        return bool(self.label or self.pair or self.choices)
+
     def part(self, base: Path | None, place: str) -> Part:
         """The source with its path resolved."""
-        return Part(resolve_path(self.path, base, f"{place}.path"), self.field, self.span, place)
+        is_dataset = self.path.startswith(DATASETS)
+        path = _dataset_path(self.path, base) if is_dataset else resolve_path(self.path, base, f"{place}.path")
+        reference = f"{DATASETS}{path}" if is_dataset else self.path
+        return Part(
+            path, self.field, self.span, place, reference, self.columns, self.delimiter, self.split, self.subset
+        )
+
+
+def _dataset_path(reference: str, base: Path | None) -> Path:
+    """A dataset's folder where there is one, else its id as a path."""
+    name = Path(reference.removeprefix(DATASETS)).expanduser()
+    beside = base / name if base is not None else name
+    return beside if not name.exists() and beside.is_dir() else name
 
 
 @plain_dataclass(frozen=True, eq=False)
 class Sample:
-    """One token sequence.
+    """One token sequence or image, or several that are scored together: the texts of a pair, a question's choices.
 
     Attributes:
-        ids: int64 `[n]`.
+        ids: int64 `[n]`, or an image's pixels, float32 `[channels, height, width]`.
         bytes: UTF-8 bytes of `text`.
-        text: what is scored: for a window the text of its predicted tokens, else that of all tokens.
+        text: what is scored: for a window the text of its predicted tokens, for a choice its own text, else that of
+            all tokens; for an image its file.
+        label: the class' number, the pair's score, or the number of the right choice; None without labels.
+        targets: int64 `[n]`: what each row of a model's answer should name, −1 where it is not asked; None for the
+            next token everywhere.
+        others: the second text of a pair, the choices after the first.
     """
 
     ids: np.ndarray
     bytes: int
     text: str
+    label: float | None = None
+    targets: np.ndarray | None = None
+    others: tuple[Sample, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Sample, ...]:
+        """All that a model is asked for this sample, itself first."""
+        return (self, *self.others)
 
 
 def read_samples(
@@ -88,8 +155,9 @@ def read_samples(
     seed: int | None,
     base: Path | None,
     place: str = "data",
+    offline: bool = False,
 ) -> list[Sample]:
-    """The source's samples, in the order of the text.
+    """The source's samples of plain text, in the order of the text.
 
     Of more than `source.samples`, evenly spaced ones are taken if `seed` is None (held-out text), else a
     seeded choice without replacement (calibration). Fewer are no error: compare the length of the answer.
@@ -101,6 +169,7 @@ def read_samples(
         seed: seed of the choice, or None.
         base: folder that relative paths may start from.
         place: what the source is called in errors, e.g. `data.heldout`.
+        offline: never ask a hub for a dataset.
 
     Raises:
         RecipeError: the source does not have what the recipe names (field, span, text for one window).
@@ -109,7 +178,7 @@ def read_samples(
     if tokenizer is None:
         raise PreflightError(place, "a checkpoint without a tokenizer", "one with a tokenizer to read text")
     part = source.part(base, place)
-    texts = units(part)
+    texts = units(part, offline)
     if not windows:
         return _sequences(texts, source, tokenizer, seed)
     characters = sum(map(len, texts))
@@ -120,7 +189,7 @@ def read_samples(
             f"at most {MOST_TEXT / 1e6:,.0f} million, since all are tokenised",
             f"Take a share of them with {place}.span.",
         )
-    lines = part.path.is_file() and part.path.suffix.lower() != RECORDS
+    lines = part.path.is_file() and part.path.suffix.lower() not in RECORDS
     documents = ["".join(texts)] if lines else texts
     ids, ends = _stream(documents, tokenizer)
     total = len(ids) // source.length
@@ -132,16 +201,20 @@ def read_samples(
             f"Lower {place}.length.",
         )
     text = "".join(documents)
-    cuts = (slice(i * source.length, (i + 1) * source.length) for i in _choose(total, source.samples, seed))
+    cuts = (slice(i * source.length, (i + 1) * source.length) for i in choose(total, source.samples, seed))
     return [_window(ids[cut], None if ends is None else text[ends[cut][0] : ends[cut][-1]], tokenizer) for cut in cuts]
 
 
 def overlap(a: Source, b: Source, base: Path | None) -> bool:
-    """Whether two sources share text: a file that both read, or a copy of it, in shares that meet.
+    """Whether two sources share text: a file that both read, or a copy of it, in shares that meet. Datasets share it
+    if they are the same, split and subset included.
 
     Raises:
         TersorError: see `units.files`.
     """
+    if a.path.startswith(DATASETS) and (a.path, a.subset, a.split) == (b.path, b.subset, b.split):
+        (low, high), (from_, to) = bounds(a.span), bounds(b.span)
+        return max(low, from_) < min(high, to)
     first, second = (_shares(source, base) for source in (a, b))
     both = ((first[a], second[b]) for a, b in _pairs(first, second))
     return any(max(low, from_) < min(high, to) for (low, high), (from_, to) in both)
@@ -164,7 +237,8 @@ def _pairs(first: Iterable[Path], second: Iterable[Path]) -> Iterator[tuple[Path
                 yield file, other
 
 
-def _choose(total: int, wanted: int, seed: int | None) -> list[int]:
+def choose(total: int, wanted: int, seed: int | None) -> list[int]:
+    """Numbers of `wanted` units among `total`: evenly spaced, or a seeded choice; rising."""
     if total <= wanted:
         return list(range(total))
     if seed is None:
@@ -177,7 +251,7 @@ def _sequences(
 ) -> list[Sample]:
     kept = [text.strip("\r\n") for text in texts if text.strip()]
     samples = []
-    for index in _choose(len(kept), source.samples, seed):
+    for index in choose(len(kept), source.samples, seed):
         text = kept[index]
         encoded = tokenizer(text, truncation=True, max_length=source.length, return_offsets_mapping=tokenizer.is_fast)
         if tokenizer.is_fast and len(encoded["input_ids"]) == source.length:

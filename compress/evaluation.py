@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import preflight, report
 from .errors import RecipeError
-from .run import DEFAULT_METRICS
+from .run import default_metrics
 
 if TYPE_CHECKING:
     from .data import Source
     from .evaluate import Scorer
+    from .reading import Reader
     from .recipe import Recipe
 
 
@@ -53,18 +54,15 @@ class Question:
     def _answer(
         self, source: Source, base: Path | None, metrics: Sequence[str], gates: Sequence[Any]
     ) -> dict[str, Any]:
-        from .data import read_samples
         from .evaluate import METRICS
         from .evaluate.gate import judge
 
         with preflight.threads(self.threads):
-            scorer, tokenizer = self._open(self.model)
+            scorer, reader = self._open(self.model)
             original = self._open(self.against)[0] if self.against else None
-            windows = scorer.output == "logits"
-            samples = read_samples(source, tokenizer, windows=windows, seed=None, base=base, place="data")
-            wanted = metrics or [
-                name for name in DEFAULT_METRICS[scorer.output] if original or not METRICS[name].needs_reference
-            ]
+            samples = reader.read(source, seed=None, base=base, place="data", offline=self.offline)
+            usual = default_metrics(scorer.output, samples)
+            wanted = metrics or [name for name in usual if original or not METRICS[name].needs_reference]
             found = {"model": self._block(scorer, samples, wanted, original)}
             if original is not None:
                 found["original"] = self._block(original, samples, wanted, original)
@@ -88,21 +86,22 @@ class Question:
             "intervals": {name: [score.low, score.high] for name, score in scores.items()},
         }
 
-    def _open(self, reference: str) -> tuple[Scorer, Any]:
+    def _open(self, reference: str) -> tuple[Scorer, Reader]:
         from .checkpoint import locate
 
         return open_scorer(locate(reference, self.offline), self.threads)
 
 
-def open_scorer(path: Path, threads: int | None = None) -> tuple[Scorer, Any]:
-    """A scorer and its tokenizer, from the directory of a checkpoint or an artifact."""
-    from .checkpoint import Checkpoint, load_tokenizer
+def open_scorer(path: Path, threads: int | None = None) -> tuple[Scorer, Reader]:
+    """A scorer and what reads data for it, from the directory of a checkpoint or an artifact."""
+    from .checkpoint import Checkpoint
     from .evaluate.torch_scorer import TorchScorer
+    from .reading import Reader
     from .recipe import exporter_options
 
     described = path / "artifact.json"
     if described.is_file():
         options: Any = exporter_options(json.loads(described.read_text("utf-8"))["exporter"])
-        return options.open(path, threads), load_tokenizer(path)
+        return options.open(path, threads), Reader.at(path)
     checkpoint = Checkpoint.load(path)
-    return TorchScorer(checkpoint, threads), checkpoint.tokenizer
+    return TorchScorer(checkpoint, threads), Reader.of(checkpoint)

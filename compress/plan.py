@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import TersorError
+from .errors import RecipeError, TersorError
 from .layout import Layout
 from .recipe import Recipe
 
@@ -118,14 +118,22 @@ def scoring_memory(original: Layout, result: Layout, recipe: Recipe) -> int:
     return PROCESS + SCORING + 4 * (original.parameters + result.parameters) + original.bytes + result.bytes + logits
 
 
-def _check_metrics(recipe: Recipe, task: str) -> None:
-    """Metrics and gates must read what a model of this task answers."""
+def _check_metrics(recipe: Recipe, task: str, inputs: str) -> None:
+    """Metrics and gates must read what a model of this task answers and what the held-out data brings."""
     from .evaluate import ALWAYS, OUTPUTS, check_metrics
+    from .evaluate.score import NEEDS
 
     if task not in OUTPUTS:
         return
+    data = recipe.data.heldout
+    brings = {"": True}
+    if data is not None:
+        label = bool(data.label) or inputs == "pixels"  # the folders of images are the labels
+        brings |= {"label": label, "pair": label and bool(data.pair), "choices": label and bool(data.choices)}
     for number, name in enumerate(recipe.metrics):
-        check_metrics([name], OUTPUTS[task], recipe.place("metrics", number))
+        (metric,) = check_metrics([name], OUTPUTS[task], recipe.place("metrics", number))
+        if not brings.get(metric.needs, False):
+            raise RecipeError(recipe.place("metrics", number), f"{name!r} on data without", NEEDS[metric.needs])
     gates: list[tuple[tuple[str | int, ...], Gate]] = [(("gate",), gate) for gate in recipe.gate]
     gates += [(("passes", n, "gate"), gate) for n, step in enumerate(recipe.passes) for gate in step.gate]
     gates += [(("export", n, "gate"), gate) for n, step in enumerate(recipe.export) for gate in step.gate]
@@ -141,7 +149,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         RecipeError: a step cannot work; says at which line of the recipe.
     """
     original = layout
-    _check_metrics(recipe, layout.task)
+    _check_metrics(recipe, layout.task, layout.arch.inputs)
     layout = Plan(recipe, original, (), ()).start
     passes: list[PlannedStep] = []
     for number, step in enumerate(recipe.passes):

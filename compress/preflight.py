@@ -115,7 +115,10 @@ def hash_source(source: Source, base: Path | None) -> str:
     from .units import files
 
     digest = hashlib.sha256()
-    for file in files(source.part(base, "data")):
+    part = source.part(base, "data")
+    if part.is_dataset:  # its files are the library's: the name is all there is to hold
+        digest.update(f"{source.path} {source.subset} {source.split}\n".encode())
+    for file in files(part):
         digest.update(f"{file.name} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 

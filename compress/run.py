@@ -32,11 +32,28 @@ if TYPE_CHECKING:
 
 
 TIMED_TOKENS = 1024
+TIMED_IMAGES = 8
 PLAN_TOLERANCE = 0.01
 """Share of the original's parameters by which a pass that chooses its own sizes may leave the plan: ± 0.5 points
 around the request, on either side."""
-DEFAULT_METRICS = {"logits": ("perplexity", "bits_per_byte", "kl", "top1"), "embedding": ("cosine",)}
+DEFAULT_METRICS = {
+    "logits": ("perplexity", "bits_per_byte", "kl", "top1"),
+    "embedding": ("cosine",),
+    "token_logits": ("masked_loss", "kl", "top1"),
+    "classes": ("kl", "top1"),
+}
 """What is measured when the recipe names no metric, by what the model answers."""
+
+
+def default_metrics(output: str, samples: Sequence[Sample]) -> tuple[str, ...]:
+    """What is measured when nobody names a metric: the usual ones, and those that read what the samples bring."""
+    if not samples:
+        return ()
+    labelled = samples[0].label is not None
+    if output == "logits" and labelled:  # choices: a mean over right and wrong answers would say nothing
+        return ("choice_accuracy", "choice_accuracy_per_byte", "kl", "top1")
+    more = {"classes": ("accuracy", "macro_f1"), "embedding": ("spearman", "pearson")}
+    return DEFAULT_METRICS[output] + (more.get(output, ()) if labelled else ())
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ class _Run:
             self.calibration = self._read("calibration", self.recipe.seed)
             self.heldout = self._read("heldout", None)
         self.reference: Scorer = TorchScorer(self.original, how.threads)
-        self.metrics = self.recipe.metrics or (DEFAULT_METRICS[self.reference.output] if self.heldout else ())
+        self.metrics = self.recipe.metrics or default_metrics(self.reference.output, self.heldout)
         self.verdicts: list[dict[str, Any]] = []
 
     def go(self) -> Outcome:
@@ -153,17 +170,19 @@ class _Run:
         return Outcome(self.directory.path, metrics)
 
     def _read(self, part: str, seed: int | None) -> list[Sample]:
-        from .data import read_samples
+        from .reading import Reader
 
         data = getattr(self.recipe.data, part)
         if data is None:
             return []
         place = self.recipe.place("data", part)
-        windows = self.original.layout.task == "text-generation"
-        samples = read_samples(
-            data, self.original.tokenizer, windows=windows, seed=seed, base=self.recipe.base, place=place
+        samples = Reader.of(self.original).read(
+            data, seed=seed, base=self.recipe.base, place=place, offline=self.how.offline
         )
-        vocab, highest = self.original.layout.families["vocab"], max(int(s.ids.max()) for s in samples)
+        if self.original.layout.arch.inputs == "pixels":
+            return samples
+        vocab = self.original.layout.families["vocab"]
+        highest = max(int(part.ids.max()) for sample in samples for part in sample.parts)
         if highest >= vocab:
             raise PreflightError(
                 f"{self.recipe.model}: tokenizer",
@@ -230,7 +249,7 @@ class _Run:
 
         started = time.perf_counter()
         context = Context(
-            [sample.ids for sample in self.calibration],
+            [part.ids for sample in self.calibration for part in sample.parts],
             seed=self.recipe.seed * 1000 + number,
             track=self.progress.track,
         )
@@ -286,7 +305,7 @@ class _Run:
             raise GateMissed(f"{step}: gate", "; ".join(missed), "", f"The result is in {self.directory.path}/failed.")
 
     def _exports(self, checkpoint: Checkpoint) -> None:
-        samples = [s.ids for s in self.heldout] or random_sequences(checkpoint, self.recipe.seed)
+        samples = [s.ids for s in self.heldout] or random_inputs(checkpoint, self.recipe.seed)
         for number, step in enumerate(self.plan.exports):
             entry = self.directory.entry(step.name)
             if entry is None:
@@ -336,7 +355,7 @@ class _Run:
                     "milliseconds": found,
                     "threads": preflight.thread_count(self.how.threads),
                     "sequences": len(self._timed()),
-                    "tokens": sum(len(s.ids) for s in self._timed()),
+                    "tokens": sum(len(s.ids) for s in self._timed() if s.ids.ndim == 1),
                 }
             )
 
@@ -346,10 +365,12 @@ class _Run:
         return latency(scorers, self._timed(), threads=preflight.thread_count(self.how.threads))
 
     def _timed(self) -> list[Sample]:
-        """The sequences that are timed together: about `TIMED_TOKENS` of the held-out text."""
+        """The sequences that are timed together: about `TIMED_TOKENS` of the held-out text, or `TIMED_IMAGES`."""
         from .data import Sample
 
-        ids = [s.ids for s in self.heldout] or random_sequences(self.original, self.recipe.seed)
+        ids = [s.ids for s in self.heldout] or random_inputs(self.original, self.recipe.seed)
+        if ids[0].ndim == 3:
+            ids = ids[:TIMED_IMAGES]
         total = 0
         for count, sequence in enumerate(ids):
             total += len(sequence)
@@ -395,10 +416,27 @@ class Unchanged:
         return []
 
 
-def random_sequences(checkpoint: Checkpoint, seed: int) -> list[Any]:
-    """Sixteen sequences of random ids, for a parity check and a clock where the recipe brings no text."""
+def random_inputs(checkpoint: Checkpoint, seed: int) -> list[Any]:
+    """Sixteen sequences of random ids, or images, for a parity check and a clock where the recipe brings no data."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
+    if checkpoint.layout.arch.inputs == "pixels":
+        shape = (checkpoint.layout.families["channels"], *image_size(checkpoint))
+        return [generator.standard_normal(shape, np.float32) for _ in range(16)]
     vocab = checkpoint.layout.families["vocab"]
     return [generator.integers(0, vocab, size=int(n)) for n in generator.integers(8, 65, size=16)]
+
+
+def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Height and width of the images that the model was made for; 224 each where nothing says it."""
+    import json
+
+    stated = getattr(checkpoint.config, "image_size", None)
+    if stated is None:
+        prepared = json.loads(checkpoint.side_files.get("preprocessor_config.json", b"{}"))
+        size = prepared.get("crop_size") if prepared.get("do_center_crop") else prepared.get("size")
+        stated = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
+    if isinstance(stated, (list, tuple)):
+        return int(stated[0]), int(stated[1])
+    return int(stated or 224), int(stated or 224)

@@ -280,7 +280,7 @@ def write(path: Path, content: str | bytes) -> Path:
         ("empty.txt", "", {}, PreflightError, "nothing but blanks"),
         ("blank.jsonl", "\n\n", {}, PreflightError, "nothing but blanks"),
         ("latin.txt", b"caf\xe9", {}, PreflightError, r"not UTF-8 \(0xe9 at 3\)"),
-        ("table.xlsx", "x", {}, RecipeError, r"kind '.xlsx', expected .txt, .jsonl or a folder"),
+        ("table.xlsx", "x", {}, RecipeError, r"kind '.xlsx', expected .txt, .jsonl, .csv, .tsv, .parquet or a folder"),
         (
             "bad.jsonl",
             '{"text": "a"}\n{"text"',

@@ -21,7 +21,7 @@ from tersor.compress.evaluate.pooling import Pooling
 from tersor.compress.evaluate.score import student, summarize
 from tersor.compress.evaluate.torch_scorer import OUTPUTS, TOKENS, TorchScorer, batches
 
-IMAGE_MODELS = ["vit"]
+IMAGE_MODELS = [n for n in names() if architecture(n).inputs == "pixels"]
 DECODERS = ["llama", "mistral", "qwen2"]
 TEXT_MODELS = [n for n in names() if architecture(n).heads.keys() & OUTPUTS.keys() and n not in IMAGE_MODELS]
 
@@ -113,15 +113,41 @@ def test_sequences_that_cannot_run_are_refused(
     assert TorchScorer(checkpoint)([]) == []
 
 
-def test_a_task_that_cannot_be_measured_is_refused(tiny: Callable[..., Checkpoint]) -> None:
-    with pytest.raises(RecipeError, match=r"'text-classification', expected one that can be measured"):
-        TorchScorer(tiny("bert", "text-classification"))
+def test_features_of_images_are_not_measured(tiny: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(RecipeError, match="'feature-extraction' of images, expected image-classification"):
+        TorchScorer(tiny("vit", "feature-extraction"))
 
 
 @pytest.mark.parametrize("model_type", IMAGE_MODELS)
-def test_a_model_of_images_is_refused(tiny: Callable[..., Checkpoint], model_type: str) -> None:
-    with pytest.raises(RecipeError, match="reads pixel_values, expected a model of text"):
-        TorchScorer(tiny(model_type, "feature-extraction"))
+def test_images_are_answered_alike_in_any_company(tiny: Callable[..., Checkpoint], model_type: str) -> None:
+    checkpoint = tiny(model_type, "image-classification")
+    images = list(np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32))
+    scorer = TorchScorer(checkpoint)
+    together = scorer(images)
+    with torch.inference_mode():
+        expected = checkpoint.model()(pixel_values=torch.from_numpy(np.stack(images))).logits.numpy()
+    np.testing.assert_allclose(np.stack(together), expected, atol=2e-5)
+    np.testing.assert_allclose(scorer([images[3]])[0], together[3], atol=2e-5)
+    assert np.abs(together[3] - together[2]).max() > 1e-3  # the twin: another image
+    with pytest.raises(RecipeError, match="found text, expected images"):
+        scorer([np.array([5, 6])])
+    with pytest.raises(RecipeError, match="found images, expected text"):
+        TorchScorer(tiny("bert"))(images)
+
+
+@pytest.mark.parametrize(("task", "rows"), [("text-classification", 0), ("fill-mask", 7)])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "modernbert"])
+def test_encoders_with_heads_answer_as_the_stock_model(
+    tiny: Callable[..., Checkpoint], model_type: str, task: str, rows: int
+) -> None:
+    checkpoint = tiny(model_type, task)
+    sequences = [s.ids for s in make_samples([7, 12, 5])]
+    answers = TorchScorer(checkpoint)(sequences)
+    for sequence, answer in zip(sequences, answers, strict=True):
+        with torch.inference_mode():
+            expected = checkpoint.model()(input_ids=torch.from_numpy(sequence)[None]).logits[0].numpy()
+        np.testing.assert_allclose(answer, expected, atol=2e-5)
+    assert answers[0].shape[:-1] == ((rows,) if rows else ())
 
 
 def test_batches_keep_the_budget() -> None:
@@ -275,7 +301,7 @@ def test_long_rows_and_large_logits_are_as_exact_as_float64() -> None:
 
     p, q = log_softmax(theirs), log_softmax(ours)
     expected = -q[np.arange(299), ids[1:]].sum()
-    assert negative_log_likelihood(ours, ids) == pytest.approx(expected, rel=1e-8)
+    assert negative_log_likelihood(ours[:-1], ids[1:]) == pytest.approx(expected, rel=1e-8)
     assert divergence(ours, theirs) == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-6)
 
 

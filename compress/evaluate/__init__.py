@@ -3,13 +3,15 @@
 One protocol, `Scorer`, is satisfied by torch (torch_scorer.py) and by an artifact's client
 (tersor.export.client), so that one evaluator serves both and what ships is what was measured.
 
-Read: scorer.py (the protocol) → metrics.py (what is measured, one function a metric) → score.py (`evaluate`)
+Read: scorer.py (the protocol) → metrics.py (what is measured, one function a metric) → reductions.py
+(what is no mean over samples) → score.py (`evaluate`)
 → gate.py.
 """
 
 from .gate import Gate, Verdict, judge
 from .latency import latency
 from .metrics import ALWAYS, METRICS, Metric, check_metrics
+from .reductions import Reduction
 from .score import Score, evaluate
 from .scorer import OUTPUTS, Output, Scorer
 
@@ -20,6 +22,7 @@ __all__ = [
     "Gate",
     "Metric",
     "Output",
+    "Reduction",
     "Score",
     "Scorer",
     "Verdict",

@@ -1,7 +1,12 @@
 """What is measured: one function a metric, from a model's answer on one sample to a sum and a weight.
 
 A metric's value is finish(Σ sums / Σ weights), so that long samples count by their length and an interval
-follows from the per-sample pairs (score.py).
+follows from the per-sample pairs (score.py). What is no mean over samples (rank correlation, macro-F1) is a
+`Reduction` instead, in reductions.py.
+
+A model answers with rows: of logits, one a token; of class scores, one a sequence. `scored` says which of them
+count and what they should have named, so that the same lines serve the next token, a masked token, the tokens
+of an answer among several, and a class.
 
 Dtypes: softmax terms are computed in float32, sums over the vocabulary and over tokens in float64. With the
 maximum subtracted first, each term errs by about 6e-8 of itself and the float64 sum adds nothing: 3e-8 nats a
@@ -15,15 +20,17 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..data import Sample
 from ..errors import RecipeError
+from .reductions import REDUCTIONS, Needs, Reduction, cosine, predicted
 from .scorer import Output
 
 Pair = tuple[float, float]
+TOKENS: tuple[Output, ...] = ("logits", "token_logits")
 ROWS = 64  # tokens at a time: with usual vocabularies the temporaries stay in the cache
 
 
@@ -33,21 +40,38 @@ class Metric:
 
     Attributes:
         name: the recipe's word.
-        output: the kind of answer it reads.
+        outputs: the kinds of answer it reads.
         better: whether lower or higher values are better.
         needs_reference: whether it compares with the original's answer.
         unit: for people.
         sample: (answer, the original's answer or None, sample) → (sum, weight).
         finish: the mean → the value; monotone.
+        needs: what the data must bring beside text or images.
+        whole: `sample` takes the answers to all parts of a sample as a list, not one at a time.
     """
 
     name: str
-    output: Output
+    outputs: tuple[Output, ...]
     better: Literal["lower", "higher"]
     needs_reference: bool
     unit: str
-    sample: Callable[[np.ndarray, np.ndarray | None, Sample], Pair]
+    sample: Callable[[Any, Any, Sample], Pair]
     finish: Callable[[float], float] = float
+    needs: Needs = ""
+    whole: bool = False
+
+
+def scored(out: np.ndarray, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that count, `[m, vocab]`, and what they should have named, int64 `[m]`.
+
+    `out` is `[n, vocab]` or, of a sequence's classes, `[classes]`. Without a label a class has the target −1.
+    """
+    if out.ndim == 1:
+        return out[None], np.array([-1 if sample.label is None else int(sample.label)])
+    if sample.targets is None:  # a causal model's next token
+        return out[:-1], sample.ids[1:]
+    places = np.flatnonzero(sample.targets >= 0)
+    return out[places], sample.targets[places]
 
 
 def log_normalizer(logits: np.ndarray) -> np.ndarray:
@@ -59,13 +83,13 @@ def log_normalizer(logits: np.ndarray) -> np.ndarray:
     return total
 
 
-def negative_log_likelihood(logits: np.ndarray, ids: np.ndarray) -> float:
-    """Nats that a causal model pays for ids[1:]. Logits float32 `[n, vocab]`, ids int64 `[n]`."""
+def negative_log_likelihood(rows: np.ndarray, targets: np.ndarray) -> float:
+    """Nats that a model pays for `targets`, int64 `[m]`. Logits float32 `[m, vocab]`."""
     total = 0.0
-    for start in range(0, len(ids) - 1, ROWS):
-        rows = logits[start : min(start + ROWS, len(ids) - 1)]
-        chosen = rows[np.arange(len(rows)), ids[start + 1 : start + 1 + len(rows)]]
-        total += float((log_normalizer(rows) - chosen).sum())
+    for start in range(0, len(targets), ROWS):
+        some = rows[start : start + ROWS]
+        chosen = some[np.arange(len(some)), targets[start : start + ROWS]]
+        total += float((log_normalizer(some) - chosen).sum())
     return total
 
 
@@ -82,45 +106,73 @@ def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _perplexity(out: np.ndarray, _: np.ndarray | None, sample: Sample) -> Pair:
-    return negative_log_likelihood(out, sample.ids), len(sample.ids) - 1
+    rows, targets = scored(out, sample)
+    return negative_log_likelihood(rows, targets), len(targets)
 
 
 def _bits_per_byte(out: np.ndarray, _: np.ndarray | None, sample: Sample) -> Pair:
-    return negative_log_likelihood(out, sample.ids) / math.log(2), sample.bytes
+    return negative_log_likelihood(*scored(out, sample)) / math.log(2), sample.bytes
 
 
 def _kl(out: np.ndarray, reference: np.ndarray | None, sample: Sample) -> Pair:
     assert reference is not None
-    return divergence(out[:-1], reference[:-1]), len(sample.ids) - 1
+    ours, theirs = scored(out, sample)[0], scored(reference, sample)[0]
+    return divergence(ours, theirs), len(ours)
 
 
 def _top1(out: np.ndarray, reference: np.ndarray | None, sample: Sample) -> Pair:
     assert reference is not None
-    ours, theirs = out[:-1].argmax(axis=1), reference[:-1].argmax(axis=1)
-    peaks = out[np.arange(len(ours)), ours], reference[np.arange(len(theirs)), theirs]
+    rows, originals = scored(out, sample)[0], scored(reference, sample)[0]
+    ours, theirs = rows.argmax(axis=1), originals.argmax(axis=1)
+    peaks = rows[np.arange(len(ours)), ours], originals[np.arange(len(theirs)), theirs]
     if not np.isfinite(peaks).all():  # argmax would call NaN the largest, and two broken models agree
         return math.nan, 1.0
-    return float((ours == theirs).sum()), len(sample.ids) - 1
+    return float((ours == theirs).sum()), len(ours)
 
 
 def _cosine(out: np.ndarray, reference: np.ndarray | None, _: Sample) -> Pair:
     assert reference is not None
-    a, b = out.astype(np.float64), reference.astype(np.float64)
-    return float(a @ b / math.sqrt((a @ a) * (b @ b))), 1.0
+    return cosine(out, reference), 1.0
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            "perplexity", "logits", "lower", False, "", _perplexity, lambda nats: math.exp(min(nats, 700.0))
-        ),
-        Metric("bits_per_byte", "logits", "lower", False, "bits a byte", _bits_per_byte),
-        Metric("kl", "logits", "lower", True, "nats a token", _kl),
-        Metric("top1", "logits", "higher", True, "share of tokens", _top1),
-        Metric("cosine", "embedding", "higher", True, "", _cosine),
-    )
-}
+def _accuracy(out: np.ndarray, _: np.ndarray | None, sample: Sample) -> Pair:
+    found = predicted(out)
+    return (float(found == sample.label) if math.isfinite(found) else math.nan), 1.0
+
+
+def _chosen(answers: Sequence[np.ndarray], sample: Sample, per_byte: bool) -> Pair:
+    likelihoods = []
+    for out, choice in zip(answers, sample.parts, strict=True):
+        likelihoods.append(-negative_log_likelihood(*scored(out, choice)) / (choice.bytes if per_byte else 1))
+    found = predicted(np.array(likelihoods))
+    return (float(found == sample.label) if math.isfinite(found) else math.nan), 1.0
+
+
+def _choice(answers: Sequence[np.ndarray], _: Any, sample: Sample) -> Pair:
+    return _chosen(answers, sample, per_byte=False)
+
+
+def _choice_per_byte(answers: Sequence[np.ndarray], _: Any, sample: Sample) -> Pair:
+    return _chosen(answers, sample, per_byte=True)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+SHARE = "share of samples"
+_MEANS = (
+    Metric("perplexity", ("logits",), "lower", False, "", _perplexity, _exp),
+    Metric("bits_per_byte", ("logits",), "lower", False, "bits a byte", _bits_per_byte),
+    Metric("kl", (*TOKENS, "classes"), "lower", True, "nats a token or sample", _kl),
+    Metric("top1", (*TOKENS, "classes"), "higher", True, "share of tokens or samples", _top1),
+    Metric("cosine", ("embedding",), "higher", True, "", _cosine),
+    Metric("masked_loss", ("token_logits",), "lower", False, "nats a masked token", _perplexity),
+    Metric("accuracy", ("classes",), "higher", False, SHARE, _accuracy, needs="label"),
+    Metric("choice_accuracy", ("logits",), "higher", False, SHARE, _choice, float, "choices", True),
+    Metric("choice_accuracy_per_byte", ("logits",), "higher", False, SHARE, _choice_per_byte, float, "choices", True),
+)
+METRICS: dict[str, Metric | Reduction] = {metric.name: metric for metric in (*_MEANS, *REDUCTIONS)}
 
 ALWAYS = {"parameters": "", "bytes": "bytes", "latency_ms": "ms"}
 """Measured of everything, lower is better: name → unit."""
@@ -132,7 +184,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {found[0]}?" if found else ""
 
 
-def check_metrics(names: Sequence[str], output: Output | None = None, place: str = "metrics") -> list[Metric]:
+def check_metrics(
+    names: Sequence[str], output: Output | None = None, place: str = "metrics"
+) -> list[Metric | Reduction]:
     """The metrics of these names, which must read the output (any if None).
 
     Raises:
@@ -141,11 +195,11 @@ def check_metrics(names: Sequence[str], output: Output | None = None, place: str
     for name in names:
         if name not in METRICS:
             raise RecipeError(place, repr(name), f"one of {', '.join(METRICS)}", nearest(name, list(METRICS)))
-        if output is not None and METRICS[name].output != output:
-            fit = ", ".join(m.name for m in METRICS.values() if m.output == output)
+        if output is not None and output not in METRICS[name].outputs:
+            fit = ", ".join(m.name for m in METRICS.values() if output in m.outputs)
             raise RecipeError(
                 place,
-                f"{name!r}, which reads {METRICS[name].output}",
+                f"{name!r}, which reads {' or '.join(METRICS[name].outputs)}",
                 f"metrics for a model that gives {output}: {fit}",
             )
     return [METRICS[name] for name in names]

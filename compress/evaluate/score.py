@@ -13,6 +13,7 @@ import numpy as np
 from ..data import Sample
 from ..errors import PreflightError, RecipeError
 from .metrics import Metric, check_metrics
+from .reductions import Reduction, bootstrap
 from .scorer import Scorer
 
 VALUES = 1 << 24  # numbers of the answers held at once: 64 MiB for a model, as much for its reference
@@ -28,7 +29,8 @@ class Score:
         low: lower end of the 95 % interval, None from a single sample.
         high: upper end.
         samples: how many samples were scored.
-        each: the metric of every sample alone, in their order; NaN where there is nothing to predict.
+        each: the metric of every sample alone, in their order; NaN where there is nothing to predict, or where a
+            sample alone has no value (correlations).
     """
 
     value: float
@@ -50,7 +52,9 @@ def evaluate(
     A value is finish(R), R = Σ sums / Σ weights over samples. Its 95 % interval is the delta method's for a
     ratio: with residuals r_i = sum_i − R·weight_i, se(R) = sqrt(n/(n−1)·Σ r_i²) / Σ weights, R ± t·se with
     Student's t for n − 1 degrees of freedom, both ends through `finish`. It speaks of the choice of text:
-    samples count as drawn independently, which neighbouring windows of one document are only roughly.
+    samples count as drawn independently, which neighbouring windows of one document are only roughly. Metrics
+    that are no mean over samples have the bootstrap's interval (reductions.py). A mean adds up all parts of a
+    sample: both sentences of a pair, every choice.
 
     Args:
         scorer: what is measured.
@@ -67,20 +71,57 @@ def evaluate(
     lacking = [metric.name for metric in wanted if metric.needs_reference and reference is None]
     if lacking:
         raise RecipeError("metrics", f"{lacking[0]!r} without an original to compare with", "a reference")
+    for metric in wanted:
+        check_needs(metric, samples)
     compared = any(metric.needs_reference for metric in wanted)
-    pairs = np.zeros((len(wanted), len(samples), 2))
+    rows: list[list[Sequence[float]]] = [[()] * len(samples) for _ in wanted]
     if wanted:
         for chunk in track(list(_chunks(scorer, samples)), "evaluate"):
-            ids = [samples[i].ids for i in chunk]
+            ids = [part.ids for i in chunk for part in samples[i].parts]
             answers = scorer(ids)
             if not compared or reference is None:
-                originals: Sequence[np.ndarray | None] = [None] * len(chunk)
+                originals: Sequence[np.ndarray | None] = [None] * len(ids)
             else:
                 originals = answers if reference is scorer else reference(ids)
-            for index, answer, original in zip(chunk, answers, originals, strict=True):
-                for row, metric in enumerate(wanted):
-                    pairs[row, index] = _measure(metric, answer, original, samples[index], index)
-    return {metric.name: summarize(metric, pairs[row]) for row, metric in enumerate(wanted)}
+            first = 0
+            for index in chunk:
+                last = first + len(samples[index].parts)
+                for found, metric in zip(rows, wanted, strict=True):
+                    found[index] = _measure(metric, answers[first:last], originals[first:last], samples[index], index)
+                first = last
+    scores = {}
+    for found, metric in zip(rows, wanted, strict=True):
+        numbers = np.array(found, np.float64).reshape(len(samples), -1) if samples else np.zeros((0, 2))
+        scores[metric.name] = summarize(metric, numbers) if isinstance(metric, Metric) else _reduced(metric, numbers)
+    return scores
+
+
+NEEDS = {
+    "label": "data with `label`",
+    "pair": "data with `pair`, two fields of text, and `label`, a score",
+    "choices": "data with `choices` and `label`, the number of the right one",
+}
+
+
+def check_needs(metric: Metric | Reduction, samples: Sequence[Sample]) -> None:
+    """Refuse samples that lack what the metric reads.
+
+    Raises:
+        RecipeError: no label, no second text of a pair, no choices.
+    """
+    for sample in samples if metric.needs else ():
+        parts = {"label": True, "pair": len(sample.parts) == 2, "choices": len(sample.parts) > 1}[metric.needs]
+        if sample.label is None or not parts:
+            raise RecipeError(f"metrics: {metric.name}", "samples without what it reads", NEEDS[metric.needs])
+
+
+def _reduced(metric: Reduction, rows: np.ndarray) -> Score:
+    value = metric.reduce(rows) if len(rows) > 1 else math.nan
+    if not math.isfinite(value):
+        what = "a single sample" if len(rows) == 1 else "samples that are all alike"
+        raise RecipeError(f"metrics: {metric.name}", what, "labels and answers that differ")
+    low, high = bootstrap(rows, metric.reduce)
+    return Score(value, low, high, len(rows), (math.nan,) * len(rows))
 
 
 def summarize(metric: Metric, pairs: np.ndarray) -> Score:
@@ -121,33 +162,47 @@ def student(degrees: int) -> float:
 
 
 def _measure(
-    metric: Metric, answer: np.ndarray, original: np.ndarray | None, sample: Sample, index: int
-) -> tuple[float, float]:
-    if original is not None and metric.needs_reference and answer.shape != original.shape:
-        raise RecipeError(
-            f"metrics: {metric.name}",
-            f"answers {list(answer.shape)} beside the original's {list(original.shape)}",
-            "one shape",
-        )
+    metric: Metric | Reduction,
+    answers: Sequence[np.ndarray],
+    originals: Sequence[np.ndarray | None],
+    sample: Sample,
+    index: int,
+) -> Sequence[float]:
+    """One sample's numbers: a sum and a weight, or a reduction's row."""
+    for answer, original in zip(answers, originals, strict=True):
+        if original is not None and metric.needs_reference and answer.shape != original.shape:
+            raise RecipeError(
+                f"metrics: {metric.name}",
+                f"answers {list(answer.shape)} beside the original's {list(original.shape)}",
+                "one shape",
+            )
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        pair = metric.sample(answer, original, sample)
-    if not all(map(math.isfinite, pair)):
+        if isinstance(metric, Reduction):
+            numbers = metric.row(answers, sample)
+        elif metric.whole:
+            numbers = metric.sample(answers, originals, sample)
+        else:
+            each = map(metric.sample, answers, originals, sample.parts)
+            numbers = [math.fsum(column) for column in zip(*each, strict=True)]
+    if not all(map(math.isfinite, numbers)):
         raise PreflightError(
             f"metrics: {metric.name}",
-            f"{pair[0]} on sample {index + 1}",
+            f"{numbers[0]} on sample {index + 1}",
             "a finite number",
             "The model's answer holds NaN or infinity.",
         )
-    return pair
+    return numbers
 
 
 def _chunks(scorer: Scorer, samples: Sequence[Sample]) -> Iterator[list[int]]:
     """Indices of samples, longest first, so many at a time that VALUES and TOKENS hold, or one."""
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].ids), i))
+    sizes = [sum(part.ids.size for part in sample.parts) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: (-sizes[i], i))
     if not order:
         return
-    longest = samples[order[0]].ids
-    values = scorer([longest])[0].size  # answers of the others are no larger
-    step = max(1, min(VALUES // values, TOKENS // len(longest)))
-    for start in range(0, len(order), step):
-        yield order[start : start + step]
+    longest = samples[order[0]]
+    answer = scorer([max((part.ids for part in longest.parts), key=len)])[0].size  # the others' are no larger
+    step = VALUES // max(answer * len(longest.parts), 1)
+    step = min(step, TOKENS // sizes[order[0]] if longest.ids.ndim == 1 else VALUES // sizes[order[0]])
+    for start in range(0, len(order), max(1, step)):
+        yield order[start : start + max(1, step)]

@@ -1,4 +1,4 @@
-"""The protocol that torch and ONNX Runtime both satisfy: token sequences in, logits or embeddings out."""
+"""The protocol that torch and ONNX Runtime both satisfy: token sequences or images in, rows of numbers out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-Output = Literal["logits", "embedding"]
+Output = Literal["logits", "embedding", "token_logits", "classes"]
 
-OUTPUTS: dict[str, Output] = {"text-generation": "logits", "feature-extraction": "embedding"}
+OUTPUTS: dict[str, Output] = {
+    "text-generation": "logits",
+    "feature-extraction": "embedding",
+    "fill-mask": "token_logits",
+    "text-classification": "classes",
+    "image-classification": "classes",
+}
 """What a model of a task answers, by optimum's task name: the tasks that can be measured."""
 
 
 class Scorer(Protocol):
-    """Something that runs a model on token sequences.
+    """Something that runs a model on token sequences or images.
 
     Attributes:
         output: what a call returns for each sequence.
@@ -27,9 +33,10 @@ class Scorer(Protocol):
     bytes: int
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Score sequences (int64 `[n_i]` token ids each) in any order.
+        """Score sequences (int64 `[n_i]` token ids each) or images (float32 `[channels, height, width]`) in any order.
 
         Returns:
-            in the order given, float32: logits `[n_i, vocab]`, or an embedding `[hidden]`.
+            in the order given, float32: `logits` (of the next token) or `token_logits` (of the token itself)
+            `[n_i, vocab]`, an `embedding` `[hidden]`, or `classes` `[labels]`, before any softmax.
         """
         ...

@@ -74,6 +74,7 @@ class Walk:
         self.model, self.layout = model, layout
         self.path = layout.full(layout.arch.blocks)
         self.blocks: nn.ModuleList = model.get_submodule(self.path)  # type: ignore[assignment]
+        self._returned: dict[str, int] = {}
 
     @contextmanager
     def _probes(self) -> Iterator[list[_Probe]]:
@@ -132,19 +133,19 @@ class Walk:
         """
         block = self.blocks[number]
         original: nn.Module = block.get_submodule(part)
-        returned: list[int] = []
+        if part not in self._returned:  # blocks are alike
 
-        def learn(_module: nn.Module, _args: Any, out: Any) -> None:
-            returned.append(len(out) if isinstance(out, tuple) else 0)
-            raise _Enough
+            def learn(_module: nn.Module, _args: Any, out: Any) -> None:
+                self._returned[part] = len(out) if isinstance(out, tuple) else 0
+                raise _Enough
 
-        hook = original.register_forward_hook(learn)
-        try:
-            with contextlib.suppress(_Enough):
-                self.block(number, stream, arguments)
-        finally:
-            hook.remove()
-        setattr(block, part, _Mute(returned[0], hands_on))
+            hook = original.register_forward_hook(learn)
+            try:
+                with contextlib.suppress(_Enough):
+                    self.block(number, stream, arguments)
+            finally:
+                hook.remove()
+        setattr(block, part, _Mute(self._returned[part], hands_on))
         try:
             yield
         finally:

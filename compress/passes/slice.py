@@ -64,7 +64,8 @@ class Slice(Pass):
     def requires(self, layout: Layout) -> Forecast:
         """Find sizes that remove what is asked for, and predict shapes and memory."""
         options = self._options(layout)
-        typical = self._fixed(layout, options) or options[len(options) // 2]
+        whole = [option for option in options if head_axis(layout) not in option] or options
+        typical = self._fixed(layout, options) or whole[len(whole) // 2]
         after = restate(layout, typical)
         return Forecast(after, memory(layout, after), self._notes(layout, options, typical))
 

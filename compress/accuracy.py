@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class Asked:
 
     Attributes:
         model: a checkpoint directory, a hub id or an artifact.
-        source: the text, of which the first is measured as a recipe would.
+        source: the data, read as a recipe's held-out data is.
         gates: at least one limit.
         original: what relative limits are relative to, None for the baseline.
         metrics: measured besides those of the gates.
@@ -134,12 +135,13 @@ def hold(asked: Asked, path: Path, update: bool, command: str) -> Finding:
     """
     if not asked.gates:
         raise RecipeError("accuracy_gate", "no limit", "max, min, max_increase or max_drop of a metric")
+    shown = os.path.relpath(path)
     if not update and not path.is_file():
-        return Finding({}, f"no baseline at {path}\nMeasure one and have it reviewed: {command}", False)
+        return Finding({}, f"no baseline at {shown}\nMeasure one and have it reviewed: {command}", False)
     data = _describe(asked)
     before = {} if update else _read(path, asked, data)
     if "stale" in before:
-        return Finding({}, f"{path}: {before['stale']}\nMeasure again and have it reviewed: {command}", False)
+        return Finding({}, f"{shown}: {before['stale']}\nMeasure again and have it reviewed: {command}", False)
     ours, original, samples = _measure(asked, update)
     baseline = Block(before.get("values", {}))
     if original is None and asked.original is not None:
@@ -153,20 +155,35 @@ def hold(asked: Asked, path: Path, update: bool, command: str) -> Finding:
     each = before.get("each", {}) or {name: score.each for name, score in (original.scores if original else {}).items()}
     since = "the baseline" if before else "the original"
     text = _failure(asked, verdicts, ours, original, baseline, data)
-    text += _worst(verdicts, ours, each, [getattr(sample, "text", "") for sample in samples], since)
+    text += _worst(verdicts, ours, each, [_text(sample) for sample in samples], since)
     return Finding(ours.values, f"{text}\n\nIf the change is meant: {command}", False)
 
 
+def source_of(data: Any) -> Source:
+    """A source from a path, or from the keys of a recipe's `heldout`.
+
+    Raises:
+        RecipeError: an unknown key or a wrong value.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from .data import Source
+
+    try:
+        found: Source = TypeAdapter(Source).validate_json(json.dumps(dict(data)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"accuracy_gate: data.{'.'.join(map(str, first['loc']))}", first["msg"]) from error
+    return found
+
+
 def _describe(asked: Asked) -> dict[str, Any]:
+    """The data by all that decides what is measured."""
     from .preflight import hash_source
 
-    source = asked.source
-    return {
-        "path": source.path,
-        "sha256": hash_source(source, asked.base),
-        "samples": source.samples,
-        "length": source.length,
-    }
+    told = json.loads(json.dumps(asdict(asked.source)))
+    kept = {key: value for key, value in told.items() if value is not None}
+    return kept | {"sha256": hash_source(asked.source, asked.base)}
 
 
 def _measure(asked: Asked, update: bool) -> tuple[Block, Block | None, Sequence[Any]]:
@@ -197,7 +214,8 @@ def _read(path: Path, asked: Asked, data: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
         if found["baseline"] != VERSION:
             return {"stale": f"baseline version {found['baseline']}, this tersor writes {VERSION}"}
-        changed = [key for key in ("sha256", "samples", "length") if found["data"][key] != data[key]]
+        keys = dict.fromkeys(key for key in (*found["data"], *data) if key != "path")
+        changed = [key for key in keys if found["data"].get(key) != data.get(key)]
         missing = [name for name in asked.measured if name not in found["metrics"]]
         values = {name: m["value"] for name, m in found["metrics"].items()} | found["sizes"]
         unlike = asked.original is not None and found["original"] is None
@@ -205,7 +223,7 @@ def _read(path: Path, asked: Asked, data: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {"stale": f"no baseline of tersor's ({type(error).__name__}: {error})"}
     if changed:
-        what = "its text" if changed == ["sha256"] else ", ".join(changed)
+        what = "the data" if changed == ["sha256"] else ", ".join(changed)
         return {"stale": f"{what} changed since the baseline ({data['path']}), so its numbers say nothing"}
     if missing or unlike:
         return {"stale": f"holds no {missing[0] if missing else 'original'}"}
@@ -249,7 +267,7 @@ def _failure(
     data: Mapping[str, Any],
 ) -> str:
     """The headline and a table, a row a limit."""
-    rows = [("", "metric", "original", "baseline", "now", "limit")]
+    rows: list[tuple[str, ...]] = [("", "metric", "original", "baseline", "now", "limit")]
     for verdict in verdicts:
         name = verdict.gate.metric
         before = (block.values.get(name) if block else None for block in (original, baseline))
@@ -267,7 +285,7 @@ def _failure(
     table = "\n".join("  " + "  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
     missed = [verdict.gate.metric for verdict in verdicts if not verdict.passed]
     head = f"{asked.model} misses its limit{'s' if len(missed) > 1 else ''} on {', '.join(missed)}"
-    return f"{head}\n\n{table}\n\n  text: {data['path']}, at most {data['samples']} samples of {data['length']} tokens"
+    return f"{head}\n\n{table}\n\n  data: {data['path']}, at most {data['samples']} samples of {data['length']} tokens"
 
 
 def _now(ours: Block, name: str) -> str:
@@ -305,11 +323,17 @@ def _worst(
         else:
             losses, heading = [(sign * b, i) for i, b in enumerate(now)], f"{name} is worst on:"
         worst = sorted(((loss, i) for loss, i in losses if math.isfinite(loss)), reverse=True)[:EXAMPLES]
-        found += f"\n\n  {heading}"
+        if worst:
+            found += f"\n\n  {heading}"
         for _, i in worst:
             change = f"{show(then[i] or 0.0)} → " if len(then) == len(now) else ""
             found += f"\n    sample {i + 1}: {change}{show(now[i])}  {_shown(texts[i])}"
     return found
+
+
+def _text(sample: Any) -> str:
+    """What was scored; both texts of a pair, all choices of a question."""
+    return " | ".join(part.text for part in getattr(sample, "parts", (sample,)))
 
 
 def _shown(text: str, width: int = 90) -> str:

@@ -450,6 +450,22 @@ def test_int8_answers_do_not_depend_on_neighbours(model_type: str, tiny: Any, tm
         start += n
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_many_weights_lie_beside_the_graph(
+    precision: Any, tiny: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "EXTERNAL_ABOVE", 1000)
+    manifest = Onnx(precision=precision).write(tiny("bert"), tmp_path, [])
+    assert {"model.onnx", "model.onnx.data"} <= set(manifest["files"])
+    graph, data = ((tmp_path / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    assert data > 150_000 // (1 if precision == "float32" else 4)
+    assert Artifact.open(tmp_path).bytes == graph + data
+    assert "probe.onnx" not in " ".join(manifest["files"])
+    ids = draw(1, 9)
+    got, want = (run(d, ids, np.ones_like(ids))[1] for d in (tmp_path, made("bert")[1]))
+    assert np.abs(got - want).max() < (2e-5 if precision == "float32" else 0.5)
+
+
 def test_one_scale_for_all_tokens_would_depend_on_neighbours() -> None:
     """The twin: per tensor, a loud neighbour changes a quiet line; per line it cannot."""
     from tersor.export import int8

@@ -305,7 +305,7 @@ def export(
     from .checkpoint import Checkpoint, locate
     from .errors import RecipeError
     from .recipe import exporter_options
-    from .run import random_sequences
+    from .run import random_inputs
     from .rundir import written_beside
 
     if output.exists():
@@ -314,7 +314,7 @@ def export(
     checkpoint = Checkpoint.load(locate(model, offline), task)
     exporter.requires(checkpoint.layout)
     with preflight.threads(threads), written_beside(output) as beside:
-        artifact = exporter.write(checkpoint, beside, random_sequences(checkpoint, 0))
+        artifact = exporter.write(checkpoint, beside, random_inputs(checkpoint, 0))
     _print(artifact, as_json, lambda a: print(f"{output}: {a['parity']}" if a.get("parity") else str(output)))
 
 

@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 0, done.stderr
-    for verb in ("validate", "plan", "apply", "eval", "export", "verify", "passes", "schema", "doctor"):
+    for verb in ("validate", "plan", "apply", "eval", "compare", "export", "verify", "passes", "schema", "doctor"):
         assert verb in done.stdout
 
 

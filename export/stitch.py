@@ -5,10 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from .cells import Cells
 from .core import DOMAIN
-from .front import Cells, Clock, Front, Segments
+from .front import Clock, Front
 from .ops import Ops
 from .pooling import Pooling
+from .segments import Segments
 
 PLAIN = frozenset(
     (

@@ -1,0 +1,157 @@
+"""Padding removed inside the graph.
+
+    NonZero of the mask     → the T real tokens, row by row
+    a new (row, number)     → a segment starts; S segments with starts and lengths
+    every linear, norm      on [T, hidden]
+    attention               segments in length classes (≤ 32, ≤ 64, …), gathered to [S_c, longest_c, hidden] and
+                            back by one index
+    pooling                 by segment
+
+The work is that of the tokens there are, in any arrangement. An empty class holds one token, since Attention
+refuses an empty batch. ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization, which is slow on
+a CPU, wherever it can prove two shapes equal; the number of tokens comes out of NonZero, so it can prove nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from .front import POISON, Clock, Front, normalized, positions_from, time_of
+from .ops import Ops
+from .pooling import Pooling
+
+CLASSES = (32, 64, 128, 256)
+ROW = 1 << 32
+"""Segment numbers lie below this, so row · ROW + number is one key."""
+
+
+class Segments(Front):
+    """Padding removed inside the graph, see the module.
+
+    Args:
+        ops: where to write.
+        mask: int64 `[batch, sequence]`.
+        ids: likewise, for a clock that counts ids.
+        clock: see `Clock`.
+        key_lengths: whether Attention takes lengths of keys (opset 24): 5 to 12 % faster than a mask made of them.
+        bounds: of the length classes, rising; one more takes the rest.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        mask: ir.Value,
+        ids: ir.Value,
+        clock: Clock,
+        key_lengths: bool = True,
+        bounds: tuple[int, ...] = CLASSES,
+    ):
+        self._mask, self._key_lengths = mask, key_lengths
+        self._masks: dict[tuple[int, bool, int], ir.Value] = {}
+        width, flat = ops.size(mask, 1), ops.reshape(mask, -1)
+        self._index = ops.nonzero(flat)
+        number = ops("Gather", flat, self._index)
+        row = ops("Div", self._index, width)
+        key = ops("Add", ops("Mul", row, ops.constant([ROW])), number)
+        before = ops("Concat", ops.constant([-1]), ops.slice(key, 0, -1), axis=0)
+        new = ops("Not", ops("Equal", key, before))
+        self._segment, self._starts = ops.count(new), ops.nonzero(new)
+        total = ops.size(self._index)
+        self._lengths = ops("Sub", ops("Concat", ops.slice(self._starts, 1), total, axis=0), self._starts)
+        self.ids_at = ops("Where", ops("Less", key, before), ops.constant([POISON]), self._index)
+        time, origin, runs = time_of(ops, mask, ids, clock)
+        ticks = ops("Gather", ops.reshape(time, -1), self._index)
+        origins = ops("Gather", ops.reshape(origin, -1), self._index)
+        first = ops("Gather", ops("Gather", origins, self._starts), self._segment)
+        later = ops("Greater", number, ops.constant([1]))
+        position = ops("Sub", ticks, ops("Where", later, first, ops.constant([0])))
+        if runs is not None:
+            runs = ops("Gather", ops.reshape(runs, -1), self._index)
+        self.positions = positions_from(ops, position, runs, clock)
+        self._classify(ops, total, bounds)
+
+    def _classify(self, ops: Ops, total: ir.Value, bounds: tuple[int, ...]) -> None:
+        last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds, 1 << 40]
+        self._views: list[tuple[ir.Value, ir.Value]] = []
+        base, places = ops.constant([0]), None
+        for low, high in pairwise(edges):
+            over = ops("Greater", self._lengths, ops.constant([low]))
+            member = ops("And", over, ops("LessOrEqual", self._lengths, ops.constant([high])))
+            chosen = ops.nonzero(member)
+            empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
+            filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
+            first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
+            their = ops(
+                "Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0
+            )
+            longest = ops("ReduceMax", their, keepdims=1)
+            view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), last)
+            self._views.append((view, their))
+            place = ops("Add", base, ops("Mul", ops.count(member), longest))
+            places = place if places is None else ops("Where", member, place, places)
+            base = ops("Add", base, ops("Mul", ops.size(their), longest))
+        assert places is not None
+        offset = ops("Sub", ops.range(total), ops("Gather", self._starts, self._segment))
+        self._back = ops("Add", ops("Gather", places, self._segment), offset)
+
+    def fold(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
+        """See `Front`; behind the end of a sequence lie other sequences' lines."""
+        return [ops("Gather", x, view) for view, _ in self._views]
+
+    def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
+        """See `Front`."""
+        flat = [ops.merge(part) for part in parts]
+        return ops("Gather", ops("Concat", *flat, axis=0) if len(flat) > 1 else flat[0], self._back)
+
+    def lengths(self, part: int) -> ir.Value | None:
+        """See `Front`."""
+        return self._views[part][1] if self._key_lengths else None
+
+    def mask(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
+        """See `Front`; a window is a distance of positions, which differs from one of lines where there are holes."""
+        if not window and (causal or self._key_lengths):
+            return None
+        key = (part, causal, window)
+        if key in self._masks:
+            return self._masks[key]
+        view, lengths = self._views[part]
+        columns = ops.range(ops.size(view, 1))
+        if causal:
+            seen = ops("GreaterOrEqual", ops.unsqueeze(columns, 1), ops.unsqueeze(columns, 0))
+        else:
+            own = ops("Less", ops.unsqueeze(columns, 0), ops.unsqueeze(lengths, 1))
+            square = ops("Concat", ops("Shape", view), ops.size(view, 1), axis=0)
+            seen = ops("Expand", ops.unsqueeze(own, 1), square)
+        if window:
+            at = ops("Gather", self.positions, view)
+            distance = ops("Sub", ops.unsqueeze(at, 2), ops.unsqueeze(at, 1))
+            near = ops("Less", distance if causal else ops("Abs", distance), ops.constant([window]))
+            seen = ops("And", seen, near)
+        self._masks[key] = ops.unsqueeze(seen, 1)
+        return self._masks[key]
+
+    def grid(self, ops: Ops, lines: ir.Value, width: int) -> ir.Value:
+        """See `Front`."""
+        return ops("Reshape", lines, ops("Concat", ops("Shape", self._mask), ops.constant([width]), axis=0))
+
+    def spread(self, ops: Ops, answer: ir.Value, width: int) -> ir.Value:
+        """See `Front`."""
+        cells = ops("Shape", ops.reshape(self._mask, -1))
+        shape = ops("Concat", cells, ops.constant([width]), axis=0)
+        zeros = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
+        filled = ops("ScatterND", zeros, ops.unsqueeze(self._index, 1), answer)
+        return self.grid(ops, filled, width)
+
+    def pool(self, ops: Ops, states: ir.Value, pooling: Pooling) -> ir.Value:
+        """Embeddings `[S, width]`, row by row in the order in which segments begin."""
+        if pooling.mode == "cls":
+            embedding = ops("Gather", states, self._starts)
+        else:
+            numbers = ops.range(ops("Shape", self._starts))
+            own = ops("Equal", ops.unsqueeze(numbers, 1), ops.unsqueeze(self._segment, 0))
+            summed = ops("MatMul", ops("Cast", own, to=ir.DataType.FLOAT), states)
+            embedding = ops("Div", summed, ops.unsqueeze(ops("Cast", self._lengths, to=ir.DataType.FLOAT), 1))
+        return normalized(ops, embedding) if pooling.normalize else embedding

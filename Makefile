@@ -6,13 +6,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CLIENTS ?= .venv-clients
 INSTALLED := $(VENV)/.installed
 TYPES := build/types/tersor
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test test-clients lint types bench clean
 
 help:  ## Say what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tersor needs Python 3.10 or later: make PYTHON=...")'
@@ -27,6 +28,12 @@ demo: $(INSTALLED)  ## Slice and export the decoder that ships, then export a se
 test: $(INSTALLED)  ## Run the tests, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-clients: $(INSTALLED)  ## Open artifacts in stock clients, in an environment of their own
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
+	  optimum-onnx==0.1.0 'transformers>=4.57,<4.58' torch onnxruntime
+	TERSOR_CLIENTS=$(abspath $(CLIENTS))/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(PYTEST_ARGS)
+
 lint: $(INSTALLED) types  ## Check style and types
 	$(BIN)/ruff check .
 	MYPYPATH=build/types $(BIN)/mypy -p tersor.compress -p tersor.sparse -p tersor.export -p tersor.recipes
@@ -40,5 +47,5 @@ bench: $(INSTALLED)  ## Run the benchmarks
 	for file in benchmarks/*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
 
 clean:  ## Remove the environment, caches and build outputs; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

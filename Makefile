@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## Slice and export the decoder that ships, then export a se
 	$(BIN)/tersor apply minilm-packed --offline
 
 test: $(INSTALLED)  ## Run the tests, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 test-clients: $(INSTALLED)  ## Open artifacts in stock clients, in an environment of their own
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)

@@ -50,6 +50,7 @@ def test_the_page_makes_an_architecture(tmp_path):
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("right", "wrong", "fails"),
     [

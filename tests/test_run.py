@@ -24,7 +24,7 @@ data:
   heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
 passes:
   - use: slice
-    with: {{remove: 0.15}}
+    with: {{remove: 0.15, split: 0.5}}
     gate: {{metric: top1, min: {gate}}}
 gate: {{metric: perplexity, max: 1000000}}
 export:

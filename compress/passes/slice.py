@@ -22,7 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..batches import batches
-from ..budget import Sizes, axes_of, candidates, free_words, head_axis
+from ..budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
 from ..checkpoint import Check, Checkpoint
 from ..cutter import Cutter
 from ..errors import PreflightError
@@ -67,7 +67,10 @@ class Slice(Pass):
         whole = [option for option in options if head_axis(layout) not in option] or options
         typical = self._fixed(layout, options) or whole[len(whole) // 2]
         after = restate(layout, typical)
-        return Forecast(after, memory(layout, after), self._notes(layout, options, typical))
+        chosen = [typical] if self._fixed(layout, options) else options
+        far = max(abs(restate(layout, option).parameters - after.parameters) for option in chosen)
+        exact = far <= 2 * TOLERANCE * layout.parameters
+        return Forecast(after, memory(layout, after), self._notes(layout, options, typical), exact)
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Measure, choose sizes, cut and refit."""

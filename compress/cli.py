@@ -203,7 +203,7 @@ def eval_(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Take data, metrics and gates from this recipe.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Held-out text: .txt, .jsonl or a folder.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file, a folder or a dataset; options by --set.")] = None,
     metrics: Annotated[str | None, typer.Option("--metrics", help="Comma-separated names.")] = None,
     against: Annotated[str | None, typer.Option("--against", help="The original: a checkpoint or an artifact.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1)] = 128,
@@ -222,7 +222,7 @@ def eval_(
     names = tuple(n.strip() for n in metrics.split(",")) if metrics else ()
     loaded = _recipe(recipe, None, overrides) if recipe else None
     asked = evaluation.Question(model, against, names, threads, offline)
-    found = asked.by_recipe(loaded) if loaded else asked.by_text(str(data), samples, length)
+    found = asked.by_recipe(loaded) if loaded else asked.by_data(str(data), samples, length, overrides or ())
 
     def show(result: dict[str, Any]) -> None:
         blocks = [b for b in ("original", "model") if b in result]

@@ -37,11 +37,11 @@ class Question:
     threads: int | None = None
     offline: bool = False
 
-    def by_text(self, path: str, samples: int, length: int) -> dict[str, Any]:
-        """Measure on a file or folder of text."""
-        from .data import Source
+    def by_data(self, path: str, samples: int, length: int, options: Sequence[str] = ()) -> dict[str, Any]:
+        """Measure on a file, a folder or a dataset; `options` are those of `data.heldout`: `label=score` and the like."""
+        from .recipe import source_options
 
-        return self._answer(Source(path=path, samples=samples, length=length), None, self.metrics, ())
+        return self._answer(source_options(path, samples, length, options), None, self.metrics, ())
 
     def by_recipe(self, recipe: Recipe) -> dict[str, Any]:
         """Measure on a recipe's held-out text, by its metrics and gates; its model is the original."""

@@ -422,19 +422,19 @@ def random_inputs(checkpoint: Checkpoint, seed: int) -> list[Any]:
 
     generator = np.random.default_rng(seed)
     if checkpoint.layout.arch.inputs == "pixels":
-        shape = (checkpoint.layout.families["channels"], *image_size(checkpoint))
+        shape = (checkpoint.layout.families["channels"], *image_size(checkpoint.config, checkpoint.side_files))
         return [generator.standard_normal(shape, np.float32) for _ in range(16)]
     vocab = checkpoint.layout.families["vocab"]
     return [generator.integers(0, vocab, size=int(n)) for n in generator.integers(8, 65, size=16)]
 
 
-def image_size(checkpoint: Checkpoint) -> tuple[int, int]:
+def image_size(config: Any, side_files: Mapping[str, bytes]) -> tuple[int, int]:
     """Height and width of the images that the model was made for; 224 each where nothing says it."""
     import json
 
-    stated = getattr(checkpoint.config, "image_size", None)
+    stated = getattr(config, "image_size", None)
     if stated is None:
-        prepared = json.loads(checkpoint.side_files.get("preprocessor_config.json", b"{}"))
+        prepared = json.loads(side_files.get("preprocessor_config.json", b"{}"))
         size = prepared.get("crop_size") if prepared.get("do_center_crop") else prepared.get("size")
         stated = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
     if isinstance(stated, (list, tuple)):

@@ -21,8 +21,9 @@ from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
 
 from .client import Client
+from .images import ImageClient
 
-TASKS = ("feature-extraction", "text-generation", "fill-mask", "text-classification")
+TASKS = ("feature-extraction", "text-generation", "fill-mask", "text-classification", "image-classification")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,6 +53,8 @@ class Onnx(Exporter):
         """
         if layout.task not in TASKS:
             raise RecipeError("export: onnx", f"task {layout.task!r}", " or ".join(TASKS))
+        if layout.arch.inputs == "pixels" and layout.task in TASKS:
+            return self._requires_images(layout)
         if layout.task == "text-classification" and layout.arch.causal:
             raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
         if not layout.arch.position_ids:
@@ -62,6 +65,13 @@ class Onnx(Exporter):
             )
         note = f"onnx: {self.precision}, {self.inputs} input"
         return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
+
+    def _requires_images(self, layout: Layout) -> Forecast:
+        if layout.task != "image-classification":
+            raise RecipeError("export: onnx", f"{layout.task} of images", "image-classification")
+        if self.precision != "float32":
+            raise RecipeError("export: onnx: precision", f"{self.precision} of a model of images", "float32")
+        return Forecast(layout, memory=layout.parameters * 16, notes=("onnx: float32, images of one size",))
 
     def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint (see `Exporter`)."""
@@ -75,8 +85,11 @@ class Onnx(Exporter):
     def _write(
         self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
     ) -> dict[str, Any]:
-        from . import artifact, int8, parity, trace
+        from . import artifact, images, int8, parity, trace
         from .build import build
+
+        if checkpoint.layout.arch.inputs == "pixels":
+            return images.write(checkpoint, directory, samples, self.opset)
 
         static = (self.rows, self.width) if self.inputs == "packed-static" else None
         model, facts = build(checkpoint, self.inputs, self.opset, static)
@@ -95,12 +108,16 @@ class Onnx(Exporter):
             figures = parity.hold_int8(checkpoint, Client(directory, threads=1), samples)
         return artifact.write_manifest(directory, {**facts, "parity": figures})
 
-    def open(self, directory: Path, threads: int | None = None) -> Client:
+    def open(self, directory: Path, threads: int | None = None) -> Client | ImageClient:
         """A scorer that runs the artifact.
 
         Raises:
             PreflightError: the directory is no whole artifact.
         """
+        from .artifact import Artifact
+
+        if "shape" in Artifact.open(directory).manifest["limits"]:
+            return ImageClient(directory, threads)
         return Client(directory, threads)
 
 

@@ -5,7 +5,7 @@ Read: recipe.py (the data and how it is loaded) → steps.py (passes and exports
 """
 
 from .complaints import RecipeFaultsError
-from .recipe import Data, Recipe, exporter_options, json_schema, load_recipe, shipped
+from .recipe import Data, Recipe, exporter_options, json_schema, load_recipe, shipped, source_options
 from .steps import ExportStep, PassStep, adapter
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "shipped",
+    "source_options",
 ]

@@ -195,6 +195,21 @@ def exporter_options(use: str, overrides: Sequence[str] = ()) -> Exporter:
     return _validated(document, "export").export[0].options
 
 
+def source_options(path: str, samples: int, length: int, overrides: Sequence[str] = ()) -> Source:
+    """The data in a file, folder or dataset, with its options as `label=score`, `pair=[a, b]` and the like say.
+
+    Raises:
+        RecipeError: unknown option, or a value it does not take.
+    """
+    tree = {"recipe": 1, "data": {"heldout": {"path": path, "samples": samples, "length": length}}}
+    document = Document(tree, values={(): Mark("data")})
+    for text in overrides:
+        override(document, text, ("data", "heldout"))
+    found = _validated(document, "data").data.heldout
+    assert found is not None
+    return found
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors: see schema.py."""
     from . import schema

@@ -295,6 +295,7 @@ def main() -> None:
             made = {k: v for k, v in made.items() if k not in options.skip} | {"GEMM bound": (bound, CALL)}
             results[name] = measure(made, options.repeats)
             print(name, json.dumps(exactness(ids, stock, ours)), flush=True)
+            print(table({name: results[name]}), flush=True)
     print(
         f"\nCPU µs a real token (times the packed file's), {options.threads} thread(s), {options.repeats} repeats\n"
     )

@@ -22,6 +22,8 @@ from .ops import CONTRIB, Ops
 
 BLOCK = 32
 MIDDLE = 128
+LEVELS = 127
+"""On either side of 0."""
 INTEGER = 4
 """accuracy_level at which the kernel multiplies integers."""
 SMALLEST = 1 << 10
@@ -32,7 +34,7 @@ def blocks(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Uint8 `[n, ⌈k / 32⌉, 32]` and scales `[n, ⌈k / 32⌉]` of float32 rows `[n, k]`, padded by zeros."""
     count, width = rows.shape
     cut = np.pad(rows, ((0, 0), (0, -width % BLOCK))).reshape(count, -1, BLOCK)
-    scale = np.maximum(np.abs(cut).max(2) / (MIDDLE - 1), 1e-10).astype(np.float32)
+    scale = np.maximum(np.abs(cut).max(2) / LEVELS, 1e-10).astype(np.float32)
     return (np.round(cut / scale[:, :, None]) + MIDDLE).astype(np.uint8), scale
 
 

@@ -113,5 +113,7 @@ def save(model: ir.Model, directory: Path) -> list[str]:
     """Write `model.onnx`, weights beside it where they are too many for one file. Returns the files' names."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = size > EXTERNAL_ABOVE
+    if not external:
+        (directory / DATA_FILE).unlink(missing_ok=True)  # of a larger form that lay here before
     ir.save(model, directory / MODEL_FILE, external_data=DATA_FILE if external else None)
     return [MODEL_FILE, DATA_FILE] if external else [MODEL_FILE]

@@ -6,18 +6,22 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
+from tersor.compress.evaluate.gate import Gate, judge
 from tersor.compress.evaluate.torch_scorer import TorchScorer
-from tersor.export import cached, cached_parity
+from tersor.compress.paths import package_path
+from tersor.export import cached, cached_parity, nbits
 from tersor.export.decoder import OnnxDecoder
 from tersor.export.generate import Generator, choose
 
@@ -154,15 +158,25 @@ def test_scores_are_torchs(made: Made, form: str) -> None:
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["llama-tied", "gpt2"])
-def test_int8_is_small_and_close(made: Made, form: str) -> None:
-    (checkpoint, directory), (_, plain) = made(form, "int8"), made(form)
+def test_int8_is_small_and_close(made: Made) -> None:
+    (checkpoint, directory), (_, plain) = made("llama-tied", "int8"), made("llama-tied")
     figures = json.loads((directory / "artifact.json").read_text("utf-8"))
     assert figures["parity"]["logits"]["cosine_mean"] > 0.995
     assert "error" in figures["parity_float32"]["logits"]
     assert (directory / "model.onnx").stat().st_size < 0.5 * (plain / "model.onnx").stat().st_size
     with pytest.raises(ParityMissed):
         cached_parity.hold(checkpoint, Generator(directory, threads=1), [])
+
+
+def test_int8_of_products_with_a_bias(made: Made, tmp_path: Path) -> None:
+    checkpoint, plain = made("gpt2")
+    directory = shutil.copytree(plain, tmp_path / "int8")
+    model = ir.load(plain / "model.onnx")
+    nbits.quantize(model)
+    assert not [n for n in model.graph if n.op_type in ("MatMul", "Gemm")]
+    ir.save(model, directory / "model.onnx")
+    figures = cached_parity.hold_int8(checkpoint, Generator(directory, threads=1), [])
+    assert figures["logits"]["cosine_mean"] > 0.995
 
 
 def test_int8_answers_do_not_depend_on_neighbours(made: Made) -> None:
@@ -232,9 +246,43 @@ def test_only_decoders(tiny: Any, tmp_path: Path) -> None:
         Generator(tmp_path)
 
 
-def test_the_embedded_decoder_continues_code_as_torch_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Path]:
     checkpoint = Checkpoint.load(locate("package:tersor.recipes/quickstart/model"))
-    OnnxDecoder().write(checkpoint, tmp_path, [])
-    generator = endless(tmp_path)
+    directory = tmp_path_factory.mktemp("embedded")
+    OnnxDecoder().write(checkpoint, directory, [])
+    return checkpoint, directory
+
+
+def test_the_embedded_decoder_continues_code_as_torch_does(embedded: tuple[Checkpoint, Path]) -> None:
+    checkpoint, directory = embedded
+    generator = endless(directory)
     prompt = generator.tokenize("import os\n\ndef main(")
     assert np.array_equal(generator.generate(prompt, 64), greedy(checkpoint, prompt, 64))
+
+
+def perplexity(generator: Generator, ids: list[np.ndarray]) -> float:
+    losses = []
+    for logits, own in zip(generator(ids), ids, strict=True):
+        x = logits[:-1].astype(np.float64)
+        losses.append(np.logaddexp.reduce(x, axis=1) - x[np.arange(len(own) - 1), own[1:]])
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def test_int8_passes_a_gate_that_coarser_weights_miss(
+    embedded: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = endless(embedded[1])
+    lines = package_path("package:tersor.recipes/quickstart/text/heldout.jsonl", "text").read_text("utf-8").splitlines()
+    ids = [plain.tokenize(json.loads(line)["text"])[:128] for line in lines[:12]]
+    gate, before = Gate(metric="perplexity", max_increase="0.5%"), {"perplexity": perplexity(plain, ids)}
+    kept = {}
+    for levels in (128, 4):
+        directory = shutil.copytree(embedded[1], tmp_path / str(levels))
+        model = ir.load(directory / "model.onnx")
+        monkeypatch.setattr(nbits, "LEVELS", levels - 1)
+        nbits.quantize(model)
+        ir.save(model, directory / "model.onnx")
+        scores = {"perplexity": perplexity(Generator(directory, threads=1), ids)}
+        kept[levels] = judge(gate, scores, before).passed
+    assert kept == {128: True, 4: False}

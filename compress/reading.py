@@ -182,8 +182,8 @@ class Reader:
         answers = self._answers(record, source)
         assert source.label is not None
         value = record.value(source.label, "label")
-        number = string.ascii_uppercase.find(value) if isinstance(value, str) and len(value) == 1 else -1
-        number = number if number >= 0 else whole(value)
+        letter = string.ascii_uppercase.find(value) if isinstance(value, str) and len(value) == 1 else -1
+        number = letter if letter >= 0 else whole(value)
         if number is None or not 0 <= number < len(answers):
             raise RecipeError(record.place, f"label {value!r}", f"the right choice's number, 0 to {len(answers) - 1}")
         first, *others = (self._choice(context, answer, source, record.place) for answer in answers)

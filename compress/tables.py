@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import PreflightError, RecipeError
 
@@ -113,7 +113,7 @@ def _jsonl(path: Path, part: Part) -> Iterator[Record]:
 
 
 def _csv(path: Path, part: Part, delimiter: str) -> Iterator[Record]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True)

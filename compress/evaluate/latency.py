@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 from ..data import Sample
@@ -49,7 +49,7 @@ def latency(
     return {name: median(times) * 1e3 for name, times in seconds.items()}
 
 
-def _threads(threads: int) -> nullcontext[None] | object:
+def _threads(threads: int) -> AbstractContextManager[None]:
     if "torch" not in sys.modules:
         return nullcontext()
     from .torch_scorer import torch_threads

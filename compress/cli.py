@@ -21,6 +21,8 @@ from .errors import TersorError
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="tersor",
     help="Makes transformer checkpoints small and fast: recipes of passes, accuracy gates, packed ONNX.",
@@ -391,7 +393,7 @@ def _message(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, TersorError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; finished steps are kept: tersor apply … --output DIR --resume", 130
+        return "interrupted; finished steps are kept: tersor apply … --output DIR --resume", INTERRUPTED
     if isinstance(error, MemoryError):
         return "memory: the machine has no more. tersor plan says what a run needs", 5
     if isinstance(error, OSError) and error.errno in (
@@ -421,6 +423,9 @@ def main() -> None:
             raise
         print(f"tersor: {known[0]}", file=sys.stderr)
         sys.exit(known[1])
+    if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code
+        known = _message(KeyboardInterrupt())
+        print(f"tersor: {known[0] if known else 'interrupted'}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from .checkpoint import Checkpoint, load_tokenizer, named_parameters, quiet, read_side_files
+from .data import Source
 from .layout import Layout, model_class
 from .recipe import Recipe
 
@@ -57,11 +58,17 @@ def write_smoke_model(source: Path, layout: Layout, directory: Path, seed: int) 
     ).save(directory)
 
 
+def _less(part: Source) -> Source:
+    """A little of a source; what was left out stays left out, since an empty list is no value for it."""
+    given = {f.name: getattr(part, f.name) for f in fields(part) if getattr(part, f.name) != f.default}
+    return Source(**{**given, "samples": min(part.samples, SAMPLES), "length": min(part.length, LENGTH)})
+
+
 def smoke_recipe(recipe: Recipe, model: Path) -> Recipe:
     """The recipe on the small model, with a little of its data."""
     data = recipe.data
     parts = {
-        name: replace(part, samples=min(part.samples, SAMPLES), length=min(part.length, LENGTH))
+        name: _less(part)
         for name in ("calibration", "heldout")
         if (part := getattr(data, name)) is not None
     }

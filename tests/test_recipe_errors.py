@@ -92,12 +92,13 @@ FAULTS = {
     ),
     "text for a source": (
         "recipe: 1\ndata: {heldout: b.txt}",
-        "r:2:17: data.heldout: found 'b.txt', expected a mapping with path, field, samples, length, span",
+        "r:2:17: data.heldout: found 'b.txt', expected a mapping with path, field, samples, length, span, label, pair, "
+        "choices, columns, delimiter, split, subset",
     ),
     "a source's key": (
         "recipe: 1\ndata: {heldout: {path: b.txt, sample: 3}}",
-        "r:2:31: data.heldout.sample: found an unknown key 'sample', expected one of path, field, samples, length, span. "
-        "Did you mean 'samples'?",
+        "r:2:31: data.heldout.sample: found an unknown key 'sample', expected one of path, field, samples, length, span, "
+        "label, pair, choices, columns, delimiter, split, subset. Did you mean 'samples'?",
     ),
     "a source's number": (
         "recipe: 1\ndata: {heldout: {path: b.txt, samples: 0}}",

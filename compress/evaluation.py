@@ -38,7 +38,7 @@ class Question:
     offline: bool = False
 
     def by_data(self, path: str, samples: int, length: int, options: Sequence[str] = ()) -> dict[str, Any]:
-        """Measure on a file, a folder or a dataset; `options` are those of `data.heldout`: `label=score` and the like."""
+        """Measure on a file, a folder or a dataset; `options` are those of `data.heldout`: `label=score`, ..."""
         from .recipe import source_options
 
         return self._answer(source_options(path, samples, length, options), None, self.metrics, ())

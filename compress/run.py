@@ -259,6 +259,8 @@ class _Run:
         off = abs(checkpoint.layout.parameters - forecast.layout.parameters) / self.original.layout.parameters
         if forecast.exact and off > PLAN_TOLERANCE:
             raise AssertionError(f"{step.name}: {off:.2%} of the parameters beside the plan")
+        for warning in context.details.get("warnings", ()):
+            self.progress.say(f"[yellow]![/yellow] {step.name}: {warning}")
         checkpoint.checks = [*checkpoint.checks, *step.options.checks(context.details)]
         if broken := checkpoint.failing_checks():
             raise PreflightError(step.name, f"a broken promise: {'; '.join(broken)}", "passes that keep each other's")

@@ -112,7 +112,7 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, seconds: float, autocast:
             group["lr"] = rate(step, elapsed)
         starts = draw.integers(0, len(stream) - LENGTH - 1, BATCH)
         nats = loss(model, np.stack([stream[s : s + LENGTH] for s in starts]), autocast)
-        nats.backward()  # type: ignore[no-untyped-call]
+        nats.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -212,7 +212,7 @@ SOURCES = st.builds(
 LIMITS = st.one_of(st.floats(-1e6, 1e6), st.integers(0, 100).map(lambda n: f"{n}%"))
 STEPS = st.one_of(
     st.floats(1e-6, 0.999).map(lambda remove: {"use": "slice", "with": {"remove": remove}}),
-    st.lists(st.sampled_from(["ffn", "kv_heads", "heads"]), min_size=1).map(
+    st.lists(st.sampled_from(["ffn", "heads"]), min_size=1).map(
         lambda on: {"use": "compact", "with": {"on": on}}
     ),
 )

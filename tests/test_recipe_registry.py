@@ -133,7 +133,7 @@ def test_the_built_ins():
     for name in registry.names("tersor.passes"):
         assert registry.find_pass(name).__module__.endswith(f".passes.{name}")
     for name in registry.names("tersor.exporters"):
-        assert registry.find_exporter(name).__module__ == f"tersor.export.{name}"
+        assert registry.find_exporter(name).__module__.startswith("tersor.export.")
 
 
 def test_one_name_imports_one_module():

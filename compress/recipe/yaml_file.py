@@ -164,6 +164,11 @@ def _syntax_remedy(problem: str) -> str:
 
 
 @dataclass
+def _on_one_line(anchor: str) -> str:
+    """An anchor's name as it may stand in a message: some line separators are legal in YAML names."""
+    return "".join(c if c.isprintable() else "?" for c in anchor[:20])
+
+
 class _Frame:
     container: dict[str, Any] | list[Any]
     loc: Loc
@@ -189,7 +194,7 @@ class _Builder:
             if self.documents > 1:
                 raise RecipeError(str(mark), "a second document", "one document", "Put each recipe into its own file.")
         elif isinstance(event, events.AliasEvent):
-            raise RecipeError(str(mark), f"an alias *{event.anchor[:20]}", "the value itself", "Write it out.")
+            raise RecipeError(str(mark), f"an alias *{_on_one_line(event.anchor)}", "the value itself", "Write it out.")
         elif isinstance(event, events.NodeEvent):
             self.nodes += 1
             if self.nodes > MAX_NODES:
@@ -197,7 +202,7 @@ class _Builder:
                 raise RecipeError(str(mark), found, "a recipe", "A recipe holds no data.")
             if event.anchor:
                 raise RecipeError(
-                    str(mark), f"an anchor &{event.anchor[:20]}", "plain values", "Write the value out twice."
+                    str(mark), f"an anchor &{_on_one_line(event.anchor)}", "plain values", "Write the value out twice."
                 )
             tag = getattr(event, "tag", None)
             if tag is not None:

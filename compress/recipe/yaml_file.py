@@ -163,12 +163,12 @@ def _syntax_remedy(problem: str) -> str:
     return ""
 
 
-@dataclass
 def _on_one_line(anchor: str) -> str:
     """An anchor's name as it may stand in a message: some line separators are legal in YAML names."""
     return "".join(c if c.isprintable() else "?" for c in anchor[:20])
 
 
+@dataclass
 class _Frame:
     container: dict[str, Any] | list[Any]
     loc: Loc

@@ -344,11 +344,17 @@ def verify(
 @app.command()
 def passes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Say all about one pass or exporter.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="What works on which architecture, and why not.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the passes and exporters, or describe one with its options."""
     from . import catalogue
 
+    if table:
+        from .coverage import table as coverage
+
+        _print(coverage(), as_json, _show_coverage)
+        return
     if name is None:
         listed = catalogue.summary()
         _print(
@@ -369,6 +375,15 @@ def passes(
         )
 
     _print(found, as_json, show)
+
+
+def _show_coverage(found: dict[str, dict[str, str]]) -> None:
+    heads = list(next(iter(found.values())))
+    _table([["architecture", *heads], *([a, *("no" if r[h] else "yes" for h in heads)] for a, r in found.items())])
+    for architecture, row in found.items():
+        for head, reason in row.items():
+            if reason:
+                print(f"  {architecture}, {head}: {reason}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ The SHA-256 of a module's path relative to the library decides its place: bucket
 `test`, the others are `train`. The quickstart model learned from `train` alone. Its two files are cuts of
 whole lines, never edited: calibration.jsonl from an eleventh of `train`, heldout.jsonl from all of `valid`.
 A cut is the middle of a module, where code is: beginnings are licences and imports that repeat. The codecs'
-tables, generated and much alike on both sides of the split, are left out of the two files.
+tables, generated and much alike on both sides of the split, and the files that a build writes are left out.
 
 The encoder's sentences are first sentences of docstrings, white space joined, picked by their own SHA-256.
 
@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 SHORTEST = 500  # characters; below lie empty __init__ files and stubs
 CALIBRATION_SHARE = 11  # one module of this many
-TABLES = "encodings/"
+LEFT_OUT = ("encodings/", "config-")  # tables; what a build writes, with the paths of its machine
 CALIBRATION = "quickstart/text/calibration.jsonl"
 HELDOUT = "quickstart/text/heldout.jsonl"
 SENTENCES = "minilm/sentences.txt"
@@ -83,7 +83,7 @@ def middle(text: str, characters: int) -> str:
 
 def cuts(found: list[Module]) -> dict[str, list[Module]]:
     """The records of the quickstart's two files, by file name."""
-    written = [m for m in found if not m.path.startswith(TABLES)]
+    written = [m for m in found if not m.path.startswith(LEFT_OUT)]
     learned = [m for m in written if part(m.path) == "train"]
     chosen = {
         CALIBRATION: [m for m in learned if bucket(m.path) // 20 % CALIBRATION_SHARE == 0],

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from tersor.compress.basis import principal, sensitivity
-from tersor.compress.batches import batches
-from tersor.compress.budget import Sizes, candidates, head_axis
+from tersor.compress.calibration.batches import batches
+from tersor.compress.calibration.loss import judge
+from tersor.compress.calibration.stages import stages
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.cutter import Cutter
-from tersor.compress.fuse import fuse
 from tersor.compress.layout import Layout
-from tersor.compress.loss import judge
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
-from tersor.compress.refit import Side
-from tersor.compress.stages import stages
+from tersor.compress.slicing.basis import principal, sensitivity
+from tersor.compress.slicing.budget import Sizes, candidates, head_axis
+from tersor.compress.slicing.cutter import Cutter
+from tersor.compress.slicing.fuse import fuse
+from tersor.compress.slicing.refit import Side
 
 NO_FIT = 1e12
 """A ridge under which no weight moves."""

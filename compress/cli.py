@@ -152,9 +152,10 @@ def apply_(
     """Carry out a recipe: passes, gates, export, report."""
     from rich.console import Console
 
-    from . import report, run
+    from . import run
     from .errors import RecipeError
     from .progress import Progress
+    from .reporting import report
 
     if resume and output is None:
         raise RecipeError("--resume", "no --output", "the folder of the run to continue")
@@ -177,7 +178,7 @@ def apply_(
 
 def _show_failed(output: Path | None, as_json: bool) -> None:
     """After a missed gate the measurements are what a user wants to see."""
-    from . import report
+    from .reporting import report
 
     if output is None or not (output / "metrics.json").is_file():
         return

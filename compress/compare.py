@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import preflight, report
+from . import preflight
 from .errors import PreflightError, RecipeError
+from .reporting import report
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint

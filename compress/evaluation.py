@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import preflight, report
+from . import preflight
 from .errors import RecipeError
+from .reporting import report
 from .run import default_metrics
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import preflight, report
+from . import preflight
 from .errors import GateMissed, ParityMissed, PreflightError, TersorError
 from .plan import Plan, PlannedStep, make_plan
 from .progress import Progress
 from .recipe import Recipe
+from .reporting import report
 from .rundir import RunDirectory, hash_tree, next_free, to_json, write_atomic, written_beside
 
 if TYPE_CHECKING:

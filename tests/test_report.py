@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tersor.compress import How, apply, figures, load_recipe
-from tersor.compress.page import _details, render
+from tersor.compress import How, apply, load_recipe
+from tersor.compress.reporting import figures
+from tersor.compress.reporting.page import _details, render
 from tersor.compress.run import resolve
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tersor.compress.batches import batches
+from tersor.compress.calibration.batches import batches
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import PreflightError, RecipeError
-from tersor.compress.fuse import fuse, norms, restate, rotate
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
+from tersor.compress.slicing.fuse import fuse, norms, restate, rotate
 
 ROTATABLE = ["llama", "mistral", "qwen2"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tersor.compress.basis import principal, weighted_basis
-from tersor.compress.batches import batches, sample
-from tersor.compress.budget import candidates, free_words
-from tersor.compress.cutter import descend
+from tersor.compress.calibration.batches import batches, sample
+from tersor.compress.calibration.lstsq import Regression
 from tersor.compress.errors import RecipeError
-from tersor.compress.fuse import restate, zero_sum
-from tersor.compress.lstsq import Regression
-from tersor.compress.obs import elimination_order, survivors
+from tersor.compress.slicing.basis import principal, weighted_basis
+from tersor.compress.slicing.budget import candidates, free_words
+from tersor.compress.slicing.cutter import descend
+from tersor.compress.slicing.fuse import restate, zero_sum
+from tersor.compress.slicing.obs import elimination_order, survivors
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

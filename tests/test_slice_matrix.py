@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from tersor.compress import cutter as cutter_module
 from tersor.compress.arch import names
-from tersor.compress.batches import Batch, batches
-from tersor.compress.budget import free_words, head_axis
+from tersor.compress.calibration.batches import Batch, batches
+from tersor.compress.calibration.stages import stages
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.cutter import Cutter
-from tersor.compress.fuse import fuse, obstacle, producers, restate
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
-from tersor.compress.refit import Side
-from tersor.compress.stages import stages
+from tersor.compress.slicing.budget import free_words, head_axis
+from tersor.compress.slicing.cutter import Cutter
+from tersor.compress.slicing.fuse import fuse, obstacle, producers, restate
+from tersor.compress.slicing.refit import Side
 
 TASK = {"vit": "image-classification"}
 SLICED = ["bert", "distilbert", "gemma", "gemma2", "gpt2", "granite", "llama", "mistral", "modernbert", "opt", "phi"]

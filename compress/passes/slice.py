@@ -2,7 +2,7 @@
 
 What may become smaller: the residual stream (`hidden`: one rotation of it, cut to k directions), the MLPs'
 units (`ffn`) and attention heads, with grouped queries by groups (`heads`). What remains is refitted by least
-squares, stage by stage (compress/refit.py), so that the compressed stream follows the dense one. Compare
+squares, stage by stage (compress/slicing/refit.py), so that the compressed stream follows the dense one. Compare
 SliceGPT (arXiv 2401.15024), which cuts the stream alone, refits nothing, and leaves a private format.
 
 `remove` is the share of the *real* parameters of the model as it is loaded: tied tensors counted once,
@@ -21,15 +21,15 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..batches import batches
-from ..budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
+from ..calibration.batches import batches
 from ..checkpoint import Check, Checkpoint
-from ..cutter import Cutter
 from ..errors import PreflightError
-from ..fuse import norms, restate, rotatable, tied_heads
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
-from ..refit import HELD
+from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
+from ..slicing.cutter import Cutter
+from ..slicing.fuse import norms, restate, rotatable, tied_heads
+from ..slicing.refit import HELD
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

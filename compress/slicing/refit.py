@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from .batches import Batch, finite
+from ..calibration.batches import Batch, finite
+from ..calibration.lstsq import Regression
+from ..calibration.stages import Stage, stages
+from ..layout import Layout
+from ..walk import Arguments, Seen, Walk
 from .fuse import along, readers
-from .layout import Layout
-from .lstsq import Regression
-from .stages import Stage, stages
-from .walk import Arguments, Seen, Walk
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from .axes import project
-from .errors import RecipeError
-from .layout import Layout
+from ..axes import project
+from ..errors import RecipeError
+from ..layout import Layout
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .axes import family, shrink
-from .batches import Batch, finite
+from ..axes import family, shrink
+from ..calibration.batches import Batch, finite
+from ..calibration.stages import Stage, Writer, stages
+from ..layout import Layout
+from ..walk import captured
 from .fuse import along
-from .layout import Layout
 from .obs import elimination_order, survivors
 from .refit import Side
-from .stages import Stage, Writer, stages
-from .walk import captured
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..preflight import size
 from . import figures, report
-from .preflight import size
 
 if TYPE_CHECKING:
-    from .plan import Plan
-    from .recipe import ExportStep, PassStep
+    from ..plan import Plan
+    from ..recipe import ExportStep, PassStep
 
 SHORTEST = 3  # values that make a plot
 SERIES = 6  # lines in one plot
@@ -80,7 +80,7 @@ def _asked(plan: Plan) -> Iterator[str]:
 
 
 def _limit(gate: Any) -> str:
-    from .evaluate.gate import show
+    from ..evaluate.gate import show
 
     given = getattr(gate, gate.kind)
     given = given if isinstance(given, str) else show(given)
@@ -106,7 +106,7 @@ def _stage_table(metrics: Mapping[str, Any], blocks: Mapping[str, Mapping[str, A
 
 
 def _figures(metrics: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    from .evaluate import METRICS
+    from ..evaluate import METRICS
 
     def bar(title: str, key: str, show: Any) -> str:
         values = {name: float(block[key]) for name, block in blocks.items() if key in block}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .errors import PreflightError
-from .layout import Layout
+from ..errors import PreflightError
+from ..layout import Layout
 
 
 class Batch:

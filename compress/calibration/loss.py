@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..layout import Layout
 from .batches import Batch
-from .layout import Layout
 
 
 def pooled(output: Any, batch: Batch) -> torch.Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import lcm
 
-from .errors import RecipeError
+from ..errors import RecipeError
+from ..layout import Layout
 from .fuse import obstacle, restate
-from .layout import Layout
 
 Sizes = dict[str, int]
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from .batches import Batch, finite
+from ..calibration.batches import Batch, finite
+from ..calibration.loss import pooled
+from ..layout import Layout
+from ..walk import captured
 from .fuse import norms
-from .layout import Layout
-from .loss import pooled
 from .obs import root
-from .walk import captured
 
 FLOOR = 0.1
 """Share of the mean sensitivity that every direction has at least: the gradients are a sample."""

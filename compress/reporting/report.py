@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .rundir import to_json, write_atomic
+from ..rundir import to_json, write_atomic
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from ..plan import Plan
 
 Entry = Mapping[str, Any]
 SIZES = ("parameters", "bytes", "latency_ms")
@@ -159,7 +159,7 @@ def environment(html: bool = False) -> Any:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("tersor.compress", "templates"),
+        loader=jinja2.PackageLoader("tersor.compress.reporting", "templates"),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -179,8 +179,8 @@ def gates(journal: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def write(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Sequence[Entry]) -> None:
     """Write metrics.json, report.md and report.html."""
+    from ..preflight import size
     from .page import render
-    from .preflight import size
 
     lock = json.loads((directory / "lock.json").read_text("utf-8"))
     write_atomic(directory / "metrics.json", to_json(metrics))

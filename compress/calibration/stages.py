@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .axes import Dim, family, parse_dims, positions
-from .layout import Layout
+from ..axes import Dim, family, parse_dims, positions
+from ..layout import Layout
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration.batches import Batch, batches, sample
+from ..calibration.loss import judge
+from ..checkpoint import Checkpoint, named_parameters
+from ..layout import Layout
+from ..pass_ import Context
 from .basis import sensitivity, weighted_basis
-from .batches import Batch, batches, sample
 from .budget import Sizes, head_axis
-from .checkpoint import Checkpoint, named_parameters
 from .fuse import cut, fuse, restate, rotate
-from .layout import Layout
-from .loss import judge
-from .pass_ import Context
 from .refit import Refit, Side
 from .shrink import removal_orders, without
 

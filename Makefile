@@ -18,7 +18,7 @@ help:  ## Say what there is
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tersor needs Python 3.10 or later: make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[demo,train,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Slice and export the decoder that ships, then export a sentence encoder

@@ -1,0 +1,6 @@
+"""Sparse weight activation training that is sparse in memory and, in structured mode, in arithmetic."""
+
+from .options import Sparsity
+from .training import SparseTraining, swat
+
+__all__ = ["SparseTraining", "Sparsity", "swat"]

@@ -250,7 +250,12 @@ class Checkpoint:
 
     def become(self, layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
         """Take a new shape. Tensors are cast to the stored dtype once, here; tied names are tied again."""
-        cast = {n: _cast(t, self.dtype).contiguous() for n, t in tensors.items() if not layout.tensors[n].shared_with}
+        own = {n: layout.tensors[n].dtype for n in tensors}
+        cast = {
+            n: _cast(t, getattr(torch, own[n]) if own[n] else self.dtype).contiguous()
+            for n, t in tensors.items()
+            if not layout.tensors[n].shared_with
+        }
         for name, tensor in layout.tensors.items():
             if tensor.shared_with:
                 cast[name] = cast[tensor.shared_with]

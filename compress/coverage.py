@@ -22,6 +22,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "slice heads": ("slice", {"remove": 0.05, "on": ["heads"]}),
     "compact ffn": ("compact", {"on": ("ffn",)}),
     "compact heads": ("compact", {"on": ("heads",)}),
+    "moe": ("moe", {"experts": 4, "active": 2}),
     "onnx packed": ("onnx", {"inputs": "packed"}),
     "onnx padded": ("onnx", {"inputs": "padded"}),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .arch import Architecture, Branch, Param, architecture
+from .arch import Architecture, Axis, Branch, Param, architecture
 from .axes import Dim, family, parse_dims
 from .errors import RecipeError
 
@@ -24,13 +24,16 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor of a layout: full name, dimensions by name, shape, the name it shares storage with, kind."""
+    """One stored tensor of a layout: full name, dimensions by name, shape, the name it shares storage with, kind, and
+    dtype, which is empty where it is the model's.
+    """
 
     name: str
     dims: tuple[Dim, ...]
     shape: tuple[int, ...]
     shared_with: str = ""
     kind: str = "parameter"
+    dtype: str = ""
 
     @property
     def numel(self) -> int:
@@ -151,6 +154,7 @@ class Layout:
                 tuple(d.size(self.sizes) for d in at),
                 self.full(param.shared_with, block) if shared else "",
                 param.kind,
+                param.dtype,
             )
 
     @cached_property
@@ -185,6 +189,11 @@ class Layout:
             for b in self.arch.branches
         ]
 
+    def stored(self, name: str) -> list[str]:
+        """The tensors of a module that a branch names, weight first; or the bare parameter itself."""
+        names = [name, f"{name}.weight", f"{name}.bias"]
+        return [n for n in names if n in self.tensors]
+
     def inner_size(self, branch: Branch) -> int:
         """Width of what the branch's `writes` module reads."""
         return parse_dims(branch.inner)[0].size(self.sizes)
@@ -213,12 +222,11 @@ class Layout:
                 free = ", ".join(a.name for a in self.arch.axes)
                 raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}", f"one of {free}")
         for axis in self.arch.axes:  # all of them: fewer heads move the grid of an axis that did not change
-            multiple = written.get(axis.multiple_of, 1)
+            multiple = _multiple(axis, written)
             if sizes[axis.name] % multiple:
+                stated = f"{axis.multiple_of} ({multiple})" if axis.multiple_of in written else str(multiple)
                 raise RecipeError(
-                    f"{self.arch.model_type}: {axis.name}",
-                    str(sizes[axis.name]),
-                    f"a multiple of {axis.multiple_of} ({multiple})",
+                    f"{self.arch.model_type}: {axis.name}", str(sizes[axis.name]), f"a multiple of {stated}"
                 )
         for attribute, value in written.items():
             setattr(config, attribute, value)
@@ -240,11 +248,16 @@ class Layout:
             raise RecipeError(name, f"an axis that is fixed in {self.arch.model_type}")
         sizes = {**self.families, **(changes or {})}
         products = {a: math.prod(sizes[f.strip()] for f in p.split("*")) for a, p in self.arch.config}
-        return products[axis.multiple_of] if axis.multiple_of else 1
+        return _multiple(axis, products)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter by full name."""
         return {name: t.shape for name, t in self.tensors.items()}
+
+
+def _multiple(axis: Axis, stated: Mapping[str, int]) -> int:
+    """What the axis' size must be a multiple of, given the values of the config's attributes."""
+    return int(axis.multiple_of) if axis.multiple_of.isdigit() else stated.get(axis.multiple_of, 1)
 
 
 def describe(sizes: Mapping[str, int]) -> str:

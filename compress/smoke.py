@@ -18,7 +18,7 @@ from .data import Source
 from .layout import Layout, model_class
 from .recipe import Recipe
 
-SMALL = {"kv_heads": 2, "queries": 2, "heads": 4, "head_dim": 16, "ffn": 96}
+SMALL = {"kv_heads": 2, "queries": 2, "heads": 4, "head_dim": 16, "ffn": 96, "shared_ffn": 96}
 BLOCKS = 2
 SAMPLES, LENGTH = 16, 64
 

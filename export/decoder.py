@@ -77,6 +77,9 @@ class OnnxDecoder(Exporter):
         """
         if layout.task != "text-generation":
             raise RecipeError("export: onnx-decoder", f"task {layout.task!r}", "text-generation")
+        if layout.arch.experts is not None:
+            found = f"a mixture of experts ({layout.arch.model_type})"
+            raise RecipeError("export: onnx-decoder", found, "a dense model")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx-decoder", f"{layout.arch.model_type}, which takes no position_ids", "one that does"

@@ -57,6 +57,8 @@ class Onnx(Exporter):
             return self._requires_images(layout)
         if layout.task == "text-classification" and layout.arch.causal:
             raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
+        if layout.arch.experts is not None:
+            raise RecipeError("export: onnx", f"a mixture of experts ({layout.arch.model_type})", "a dense model")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx: inputs",

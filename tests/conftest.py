@@ -97,7 +97,8 @@ def tiny_checkpoint(
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(noise * (1.4 / parameter[0].numel() ** 0.5))
+                fan = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()  # experts are stacked
+                parameter.copy_(noise * (1.4 / fan**0.5))
             else:  # a gain stays around its neutral value (1, or 0 where it is stored as an offset), a bias around 0
                 parameter.add_(noise * 0.3)
         for name, buffer in model.named_buffers():

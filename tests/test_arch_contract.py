@@ -148,12 +148,11 @@ def test_tied_parameters_are_those_that_share_storage(checkpoint):
 def test_modules_named_by_the_architecture_exist(checkpoint):
     layout, model = checkpoint.layout, checkpoint.model()
     modules = [layout.full(n) for n in (*layout.arch.embeddings, layout.arch.final_norm) if n]
-    modules = [name for name in modules if name not in layout.tensors]  # a bare parameter
     for block in range(layout.depth):
         for branch in layout.branches(block):
             modules += [branch.norm, branch.post_norm, *branch.reads, branch.writes]
     for name in filter(None, modules):
-        model.get_submodule(name)
+        assert name in layout.tensors or model.get_submodule(name)  # a bare parameter, or a module
     if layout.arch.blocks:
         assert len(model.get_submodule(layout.full(layout.arch.blocks))) == layout.depth
 
@@ -218,7 +217,7 @@ def test_permuting_one_tensor_alone_changes_the_output(checkpoint):
     layout = checkpoint.layout
     if not layout.arch.branches:
         pytest.skip("no branches")
-    writer = layout.branches(0)[-1].writes + ".weight"
+    writer = layout.stored(layout.branches(0)[-1].writes)[0]
     axis = next(s[0] for d in layout.tensors[writer].dims for s in d.sections if family(s[0]) != "hidden")
     order = torch.arange(layout.sizes[axis]).roll(1)
     changed = dict(checkpoint.tensors)
@@ -264,7 +263,7 @@ def cut(checkpoint: Checkpoint, name: str, plant: bool) -> Checkpoint:
         keep, dead = drawn(size, drop, seed=number)
         keeps[axis] = keep
         if plant:
-            writers = {b.writes + ".weight" for block in range(layout.depth) for b in layout.branches(block)}
+            writers = {layout.stored(b.writes)[0] for block in range(layout.depth) for b in layout.branches(block)}
             zeroed(
                 checkpoint,
                 {w for w in writers if any(d.has(axis) for d in layout.tensors[w].dims)},
@@ -397,7 +396,8 @@ def test_save_then_load_is_the_identity(case, dtype, tiny, tmp_path):
     assert again.tensors.keys() == checkpoint.tensors.keys()
     for name, tensor in checkpoint.tensors.items():
         counter = checkpoint.layout.tensors[name].kind == "counter"
-        assert again.tensors[name].dtype == (torch.int64 if counter else getattr(torch, dtype))
+        own = checkpoint.layout.tensors[name].dtype or dtype
+        assert again.tensors[name].dtype == (torch.int64 if counter else getattr(torch, own))
         assert torch.equal(again.tensors[name], tensor), name
     again.save(tmp_path / "b")
     for path in sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()):

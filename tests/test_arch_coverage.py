@@ -45,7 +45,7 @@ def test_a_pass_does_what_the_table_says(name, column, tiny, promised):
     context = Context(samples(checkpoint, 40))
     form(column).apply(checkpoint, context)
     checkpoint.model()
-    assert checkpoint.layout.parameters < before or column.startswith("compact")  # a random model has no zeros
+    assert checkpoint.layout.parameters < before or not column.startswith("slice")  # a random model has no zeros
     assert all(c.holds(checkpoint.config, checkpoint.tensors) is None for c in form(column).checks(context.details))
 
 

@@ -34,6 +34,8 @@ class Param:
     """Blocks that do not have the parameter."""
     kind: Literal["parameter", "buffer", "counter"] = "parameter"
     """A buffer is stored and not trained (BatchNorm's running statistics); a counter is an int64 one."""
+    dtype: str = ""
+    """The dtype it is stored in whatever the model's (`float32`); empty: the model's."""
 
     @property
     def parsed(self) -> tuple[Dim, ...]:
@@ -57,6 +59,7 @@ class Branch:
     """One residual branch of a block: stream → norm → `reads` → inner → `writes` → + stream.
 
     In a post-norm block `norm` is the one after the addition. `inner` are the dimensions of what `writes` reads.
+    `reads` and `writes` are modules, or bare parameters where experts are stacked in one tensor.
     """
 
     norm: str
@@ -71,12 +74,34 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of a block: y = Σ over the chosen e of weight(e) · down_e (act(gate_e x) ∘ up_e x).
+
+    Attributes:
+        router: the parameter `[experts, hidden]` that gives the logits.
+        gate_up: the parameter `[experts, ffn + ffn, hidden]`.
+        down: the parameter `[experts, hidden, ffn]`.
+        count: config attribute that counts the experts.
+        active: config attribute that counts the chosen ones.
+        weights: how a chosen expert's weight comes from the logits: its share of a softmax over all (`softmax`) or
+            over the chosen (`softmax of chosen`), or its sigmoid.
+    """
+
+    router: str
+    gate_up: str
+    down: str
+    count: str
+    weights: Literal["softmax", "softmax of chosen", "sigmoid"]
+    active: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
 class Axis:
     """A named dimension that may change: how the config states it and what the config demands of it."""
 
     name: str
     multiple_of: str = ""
-    """Config attribute that the size must be a multiple of (LlamaConfig: hidden, num_attention_heads)."""
+    """Config attribute that the size must be a multiple of (LlamaConfig: hidden, num_attention_heads), or a number."""
     shrinkable: bool = True
 
 
@@ -106,6 +131,8 @@ class Architecture:
     expand: Callable[[Any], tuple[Param, ...]] | None = None
     """More parameters, where the config lists names or sizes one by one (ResNet's stages)."""
     branches: tuple[Branch, ...]
+    experts: Experts | None = None
+    """Of a mixture of experts; every block has them."""
     norm: Norm
     stream: Literal["pre-norm", "post-norm"]
     parallel: bool = False

@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from ..calibration.batches import batches
 from ..checkpoint import Check, Checkpoint
-from ..errors import PreflightError
+from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
 from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
@@ -113,6 +113,10 @@ class Slice(Pass):
         return found
 
     def _options(self, layout: Layout) -> list[Sizes]:
+        if layout.arch.experts is not None:
+            raise RecipeError(
+                "slice", f"a mixture of experts ({layout.arch.model_type})", "a dense model", "Slice before `moe`."
+            )
         words = free_words(layout) if self.on is None else self.on
         if "hidden" in words:
             rotatable(layout)

@@ -34,10 +34,11 @@ class Compact(Pass):
     """Remove units whose weights are exactly zero; outputs stay what they were.
 
     Attributes:
-        on: what may leave: `ffn` (units), `heads` (attention heads, with grouped queries by groups).
+        on: what may leave: `ffn` (units), `shared_ffn` (a shared expert's), `heads` (attention heads, with grouped
+            queries by groups).
     """
 
-    on: tuple[Literal["ffn", "heads"], ...] = ("ffn",)
+    on: tuple[Literal["ffn", "shared_ffn", "heads"], ...] = ("ffn",)
 
     def requires(self, layout: Layout) -> Forecast:
         """Refuse axes that cannot leave; the shapes stay, because only the weights know the zeros."""
@@ -99,7 +100,7 @@ def dead_units(layout: Layout, tensors: Tensors, name: str) -> dict[str, torch.T
         for branch in layout.branches(block):
             inner = Dim.parse(branch.inner)
             for axis in {a for s in inner.sections for a in s if family(a) == name}:
-                unheard = ~used(layout, tensors, [f"{branch.writes}.weight"], axis)
+                unheard = ~used(layout, tensors, layout.stored(branch.writes)[:1], axis)
                 dead = unheard | (~said(layout, tensors, branch.reads, axis) if keeps_zero(layout, inner) else False)
                 found[axis] = dead.nonzero().reshape(-1)
     return found
@@ -107,8 +108,7 @@ def dead_units(layout: Layout, tensors: Tensors, name: str) -> dict[str, torch.T
 
 def said(layout: Layout, tensors: Tensors, reads: tuple[str, ...], axis: str) -> torch.Tensor:
     """Whether any reader computes anything for each unit of the axis: bool `[size]`."""
-    names = [f"{module}.{kind}" for module in reads for kind in ("weight", "bias")]
-    return used(layout, tensors, [n for n in names if n in tensors], axis)
+    return used(layout, tensors, [name for module in reads for name in layout.stored(module)], axis)
 
 
 def used(layout: Layout, tensors: Tensors, names: list[str], axis: str) -> torch.Tensor:

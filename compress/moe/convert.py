@@ -1,0 +1,192 @@
+"""From a dense model to blocks of experts, one block after the other, errors corrected as they arise.
+
+The refit: with the routing fixed, the down projections of all parts of a block are one linear map from masked
+activations, so they are solved at once, in the routing's presence, against what the dense model has there:
+
+    minimise  Σ ‖R − (h ∘ g(x)) (W + Δ)‖² + λ‖Δ‖²,     R = dense stream behind the block − own stream before the FFN
+
+h and x are those of the compressed stream, g(x) are the weights that the stock class will give (0 where a part is not
+chosen), W is the dense down projection and λ a share of the mean diagonal; with every part active Δ = 0. So a block
+also mends what the blocks in front of it did. Sums in float64 (calibration/lstsq.py); streams in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..calibration.batches import Batch
+from ..calibration.lstsq import Regression
+from ..layout import Layout
+from . import router as routers
+from .activations import Ffn, Side, Tokens
+from .cut import Cut
+from .partition import PARTITIONS
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+CHECKED = 8192
+"""Tokens on which the scale of a router is chosen."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a block is converted.
+
+    Attributes:
+        partition: a name of `PARTITIONS`.
+        router: a name of `routers.SCORES`; only those of `routers.LINEAR` can be stored.
+        refit: whether the down projections are solved again under the routing.
+        ridge: λ of the refit as a share of the mean diagonal.
+        weights: how the stock class weights what is chosen; None for exactly one (a comparison, never stored).
+        dtype: in which the router will be stored.
+    """
+
+    partition: str = "co-activation"
+    router: str = "linear"
+    refit: bool = True
+    ridge: float = 1e-3
+    weights: routers.Weights | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Block:
+    """A converted block.
+
+    Attributes:
+        ffn: units in the order of the partition, down projection refitted.
+        gate: (x, h) → what each routed part is multiplied by, `[n, routed]`, 0 where it is not chosen.
+        cut: how it is cut.
+        router: float64 `[routed, hidden]`, scaled as it is stored; None where the gate is none that can be stored.
+        details: what was measured on the calibration tokens.
+    """
+
+    ffn: Ffn
+    gate: routers.Score
+    cut: Cut
+    router: torch.Tensor | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def masked(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """What the down projection reads: h ∘ g(x), float32 `[n, ffn]`."""
+        start = self.cut.shared * self.cut.part
+        gates = self.gate(x, h)
+        routed = h[:, start:].unflatten(1, (self.cut.routed, self.cut.part)) * gates[:, :, None]
+        return torch.cat([h[:, :start], routed.flatten(1)], dim=1)
+
+
+def convert(
+    side: Side, layout: Layout, cut: Cut, method: Method, data: Sequence[Batch], seed: int, track: Track
+) -> Iterator[Block]:
+    """Convert block by block; the model behind `side` stays as it is.
+
+    Args:
+        side: the dense model in front of its first block; it is moved.
+        layout: of the model.
+        cut: how its FFNs are cut.
+        method: how.
+        data: calibration batches.
+        seed: of the partition.
+        track: progress.
+    """
+    small = side.fork() if method.refit else side
+    for number in track(range(layout.depth), "experts"):
+        with torch.no_grad():
+            yield _block(side, small, number, cut, method, data, seed)
+
+
+def _block(
+    side: Side, small: Side, number: int, cut: Cut, method: Method, data: Sequence[Batch], seed: int
+) -> Block:
+    before = side.before_ffn(number)
+    ffn = Ffn.of(side.walk, number)
+    tokens = Tokens(ffn, before, data)
+    order = PARTITIONS[method.partition](tokens, cut, seed + number)
+    side.streams = [
+        added(stream, batch, ffn.scale * (h @ ffn.down.T))
+        for stream, batch, (_, h) in zip(before, data, tokens, strict=True)
+    ]
+    del tokens
+    before = small.before_ffn(number) if small is not side else before
+    tokens = Tokens(partitioned(ffn, order), before, data)
+    block = routed(tokens, cut, method, seed)
+    if small is not side:
+        block = refitted(block, tokens, side.streams, method.ridge)
+        small.streams = [
+            added(stream, batch, ffn.scale * (block.masked(x, h) @ block.ffn.down.T))
+            for stream, batch, (x, h) in zip(before, data, tokens, strict=True)
+        ]
+    block.details.update(observed(block, tokens))
+    return block
+
+
+def partitioned(ffn: Ffn, order: torch.Tensor) -> Ffn:
+    """The same FFN with its units in another order."""
+    return replace(ffn, gate=ffn.gate[order], up=ffn.up[order], down=ffn.down[:, order])
+
+
+def added(stream: torch.Tensor, batch: Batch, what: torch.Tensor) -> torch.Tensor:
+    """The stream `[batch, length, hidden]` plus `[tokens, hidden]` at its real tokens."""
+    if batch.real is None:
+        return stream + what.reshape(stream.shape)
+    found = stream.clone()
+    found[batch.real] += what
+    return found
+
+
+def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
+    """The block with its gate, before any refit."""
+    if method.weights is None or method.router not in routers.LINEAR:
+        if cut.chosen == 0:
+            return Block(tokens.ffn, lambda x, _h: x.new_zeros(len(x), cut.routed), cut, None)
+        score = routers.SCORES[method.router](tokens, cut, seed)
+        return Block(tokens.ffn, lambda x, h: routers.choose(score(x, h), cut.chosen).float(), cut, None)
+    weights, factor = method.weights, 1 / routers.constant(cut, method.weights)
+    raw = routers.normalised(routers.LINEAR[method.router](tokens, cut), tokens)
+    if cut.chosen == cut.routed:  # nothing to choose: the constant is exact
+        scale, share = 0.0, 1.0
+    else:
+        x = torch.cat([x for x, _ in tokens])[:: max(1, tokens.count // CHECKED)]
+        scale, share = routers.smallest_scale(raw, x, weights, method.dtype)
+    router = (raw * scale).to(method.dtype)
+    stored = router.float()
+    block = Block(
+        tokens.ffn, lambda x, _h: routers.weigh(x @ stored.T, cut.chosen, weights) * factor, cut, router.double()
+    )
+    block.details.update(scale=scale, kept=share)
+    return block
+
+
+def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge: float) -> Block:
+    """The block with its down projections solved for `wanted`, the streams behind it, a batch each."""
+    ffn = block.ffn
+    fit = Regression(ffn.down.shape[1], ffn.down.shape[0])
+    for stream, target, batch, (x, h) in zip(tokens.before, wanted, tokens.data, tokens, strict=True):
+        fit.add(block.masked(x, h), batch.tokens(target - stream) / ffn.scale)
+    start = ffn.down.T.double()
+    found, _ = fit.solve(start, ridge)
+    block.details.update(left_before=fit.error(start), left_after=fit.error(found))
+    return replace(block, ffn=replace(ffn, down=found.T.float()))
+
+
+def observed(block: Block, tokens: Tokens) -> dict[str, Any]:
+    """Load of each routed part (share of tokens), agreement with the oracle, and how far weights are from one."""
+    cut = block.cut
+    load, agree, off, count = torch.zeros(cut.routed, dtype=torch.float64), 0, 0.0, 0
+    norms = tokens.ffn.norms
+    for x, h in tokens:
+        gates = block.gate(x, h)
+        on = gates > 0
+        best = routers.choose(routers.importance(h, norms, cut), cut.chosen)
+        load += on.sum(0, dtype=torch.float64)
+        agree += int((on & best).sum())
+        off = max(off, float((gates[on] - 1).abs().max())) if bool(on.any()) else off
+        count += len(x)
+    return {
+        "load": (load / count).tolist(),
+        "oracle_agreement": agree / max(count * cut.chosen, 1),
+        "weight_error": off,
+    }

@@ -1,0 +1,196 @@
+"""Which units go together: shared ones, and balanced groups of the rest.
+
+    contribution   of unit u on a token: |h_u| · ‖down_u‖
+    shared         the units with the largest mean contribution
+    co-activation  units are alike if they are among a token's largest contributions on the same tokens: centred
+                   indicator columns `[tokens]`, projected at random to `SKETCH` dimensions while tokens stream by,
+                   then k-means with groups of equal size
+
+Groups of equal size are an assignment problem, for which others build an n × n matrix and solve it in n³ (CMoE,
+arXiv 2502.04416: 740 MB for a layer of 7B). Here each group gets a price at which demand is even, members choose, and
+then every pair of groups is split anew until nothing moves, which is exact for the pair: the members of both are sorted
+by the difference of their costs, and the cheaper half goes to each side. All of it costs n · groups · log n.
+
+For comparison: `random` (LLaMA-MoE, arXiv 2406.16554), `kmeans` on the gate's rows (MoEfication, 2110.01786),
+`activation-rate` (CMoE: shared by rate, one assignment to the most active units' columns).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from .activations import Tokens
+from .cut import Cut
+
+SKETCH = 192
+MARKED = 8
+"""A token marks one in this many units: its largest contributions."""
+RATED = 10
+"""Units that a token marks for `activation-rate` (CMoE's K)."""
+ROUNDS = 20
+SWEEPS = 30
+
+Partition = Callable[[Tokens, Cut, int], torch.Tensor]
+
+
+def contribution(tokens: Tokens) -> torch.Tensor:
+    """Mean contribution of each unit, float64 `[ffn]`."""
+    norms = tokens.ffn.norms
+    total, count = torch.zeros(len(norms), dtype=torch.float64), 0
+    for _, h in tokens:
+        total += (h.abs() * norms).sum(0, dtype=torch.float64)
+        count += len(h)
+    return total / count
+
+
+def balanced(cost: torch.Tensor) -> torch.Tensor:
+    """Groups of equal size with a small total cost.
+
+    Args:
+        cost: `[n, groups]` of having a member in a group; n is a multiple of groups.
+
+    Returns:
+        int64 `[n]`; no two groups can exchange members to lower the cost.
+    """
+    groups, count = rounded(priced(cost.double())), cost.shape[1]
+    dirty = torch.ones(count, dtype=torch.bool)
+    for _ in range(SWEEPS):
+        moved = torch.zeros(count, dtype=torch.bool)
+        for a in range(count):
+            for b in range(a + 1, count):
+                if not (dirty[a] or dirty[b] or moved[a] or moved[b]):
+                    continue
+                both = ((groups == a) | (groups == b)).nonzero().flatten()
+                order = both[(cost[both, a] - cost[both, b]).argsort(stable=True)]
+                split = torch.full_like(both, b)
+                split[: len(both) // 2] = a
+                if cost[order, split].sum() < cost[both, groups[both]].sum() * (1 - 1e-7):
+                    groups[order] = split
+                    moved[[a, b]] = True
+        dirty = moved
+        if not dirty.any():
+            break
+    return groups
+
+
+def priced(cost: torch.Tensor) -> torch.Tensor:
+    """The costs plus a price on each group at which demand is nearly even: entropic transport, annealed (Cuturi 2013).
+
+    Both are float64 `[n, groups]`.
+    """
+    price = torch.zeros(cost.shape[1], dtype=torch.float64)
+    share = math.log(len(cost) / cost.shape[1])
+    spread = float(cost.std()) or 1.0
+    for temperature in (spread / 2**step for step in range(1, 8)):
+        for _ in range(20):
+            demand = torch.log_softmax(-(cost + price) / temperature, dim=1).logsumexp(0)
+            price = price + temperature * (demand - share)
+    return cost + price
+
+
+def rounded(cost: torch.Tensor) -> torch.Tensor:
+    """Every member into the cheapest group that has room, those first whose second choice is dearest; int64 `[n]`."""
+    room = [len(cost) // cost.shape[1]] * cost.shape[1]
+    two = cost.topk(2, dim=1, largest=False).values
+    choices = cost.argsort(dim=1).tolist()
+    groups = [0] * len(cost)
+    for member in (two[:, 0] - two[:, 1]).argsort(stable=True).tolist():
+        group = next(group for group in choices[member] if room[group])
+        groups[member] = group
+        room[group] -= 1
+    return torch.tensor(groups)
+
+
+def grouped(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Balanced k-means of rows `[n, m]`: int64 `[n]` group numbers, n / count members each."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(features), generator=generator)
+    centres = features[order[:count]].clone()
+    groups = torch.full_like(order, -1)
+    for _ in range(ROUNDS):
+        before, groups = groups, balanced(torch.cdist(features, centres).square())
+        if torch.equal(before, groups):
+            break
+        centres = torch.stack([features[groups == group].mean(0) for group in range(count)])
+    return groups
+
+
+def ordered(shared: torch.Tensor, rest: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """All units: the shared ones, then group by group."""
+    return torch.cat([shared.sort().values, rest[groups.argsort(stable=True)]])
+
+
+def split_shared(score: torch.Tensor, cut: Cut) -> tuple[torch.Tensor, torch.Tensor]:
+    """The units with the largest score, for the shared parts, and the others, ascending."""
+    shared = score.argsort(descending=True, stable=True)[: cut.shared * cut.part]
+    rest = torch.ones(cut.width, dtype=torch.bool)
+    rest[shared] = False
+    return shared, rest.nonzero().flatten()
+
+
+def co_activation(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Shared by contribution, the rest by who is large together."""
+    norms, generator = tokens.ffn.norms, torch.Generator().manual_seed(seed)
+    marked = max(1, cut.width // MARKED)
+    sketch = torch.zeros(cut.width, SKETCH, dtype=torch.float64)
+    rate = torch.zeros(cut.width, dtype=torch.float64)
+    mean = torch.zeros(SKETCH, dtype=torch.float64)
+    total, count = torch.zeros(cut.width, dtype=torch.float64), 0
+    for _, h in tokens:
+        size = h.abs() * norms
+        marks = torch.zeros_like(size).scatter_(1, size.topk(marked, dim=1).indices, 1.0)
+        signs = torch.randn(len(h), SKETCH, generator=generator) / SKETCH**0.5
+        sketch += (marks.T @ signs).double()
+        mean += signs.sum(0, dtype=torch.float64)
+        rate += marks.sum(0, dtype=torch.float64)
+        total += size.sum(0, dtype=torch.float64)
+        count += len(h)
+    share = rate / count
+    deviation = (count * share * (1 - share)).clamp_min(1e-12).sqrt()
+    features = (sketch - share[:, None] * mean) / deviation[:, None]
+    shared, rest = split_shared(total, cut)
+    return ordered(shared, rest, grouped(features[rest].float(), cut.routed, seed))
+
+
+def by_random(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Shared by contribution, the rest at random."""
+    shared, rest = split_shared(contribution(tokens), cut)
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([shared.sort().values, rest[order]])
+
+
+def by_kmeans(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Shared by contribution, the rest by the direction of the gate's rows."""
+    shared, rest = split_shared(contribution(tokens), cut)
+    rows = functional.normalize(tokens.ffn.gate[rest], dim=1)
+    return ordered(shared, rest, grouped(rows, cut.routed, seed))
+
+
+def by_rate(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """CMoE: how often a unit is among a token's `RATED` largest, on normalised rows; `seed` decides nothing."""
+    gate, up = (functional.normalize(w, dim=1) for w in (tokens.ffn.gate, tokens.ffn.up))
+    marks = []
+    for x, _ in tokens:
+        unit = functional.normalize(x, dim=1)
+        h = tokens.ffn.act(unit @ gate.T) * (unit @ up.T)
+        marks.append(torch.zeros(h.shape, dtype=torch.bool).scatter_(1, h.abs().topk(RATED, dim=1).indices, True))
+    columns = torch.cat(marks)
+    rate = columns.sum(0, dtype=torch.float64)
+    shared, rest = split_shared(rate, cut)
+    centres = rest[rate[rest].argsort(descending=True, stable=True)[: cut.routed]]
+    both = columns[:, rest].float().T @ columns[:, centres].float()
+    distance = rate[rest, None] + rate[centres] - 2 * both  # Hamming: L1 of indicator columns
+    return ordered(shared, rest, balanced(distance))
+
+
+PARTITIONS: dict[str, Partition] = {
+    "co-activation": co_activation,
+    "random": by_random,
+    "kmeans": by_kmeans,
+    "activation-rate": by_rate,
+}
+"""(tokens of the dense block, cut, seed) → int64 `[ffn]`: the shared units, then each routed part's."""

@@ -1,0 +1,188 @@
+"""Which parts a token needs: routers, how a stock class weights what they choose, and how small logits may be.
+
+A part's importance on a token is √Σ (h_u ‖down_u‖)² over its units. The router that ships is linear and closed-form,
+the ridge regression of all importances on the FFN's input, because every stock class can hold it:
+
+    W = argmin Σ ‖x W − importance‖² + λ‖W‖²,     λ = RIDGE · mean diagonal of Σ xᵀx
+
+Selection depends on the order of the logits alone. Scaled down far enough, the weight that a class gives a chosen
+expert (a softmax, a sigmoid) is nearly a known constant, which is folded into the weights; too far, and probabilities
+tie in float32. `smallest_scale` finds the smallest power of two at which the class still chooses as it should.
+
+For comparison, and in no stock class: `mlp` (MoEfication), `analytic` (CMoE: each part's most typical unit, gate times
+up), and `oracle`, the true importance, which bounds what any router can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .activations import Tokens
+from .cut import Cut
+
+RIDGE = 1e-2
+KEPT = 0.999
+"""Share of its selections that a stored router must repeat in its class."""
+SOUGHT = 0.9998
+"""The share that is asked of the calibration tokens, so that others keep `KEPT`."""
+SCALES = range(-24, 3)
+Weights = Literal["softmax", "softmax of chosen", "sigmoid"]
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x `[n, hidden]`, h `[n, ffn]` in the partition's order) → scores `[n, routed]`."""
+
+
+def importance(h: torch.Tensor, norms: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Importance of the routed parts, `[n, routed]`, from h `[n, ffn]` and norms `[ffn]` in the partition's order."""
+    start = cut.shared * cut.part
+    energy = (h[:, start:] * norms[start:]).square()
+    return energy.reshape(len(h), cut.routed, cut.part).sum(2).sqrt()
+
+
+def linear(tokens: Tokens, cut: Cut) -> torch.Tensor:
+    """The closed-form router, float64 `[routed, hidden]`; tokens are those of the partitioned FFN."""
+    d = tokens.ffn.gate.shape[1]
+    gram = torch.zeros(d, d, dtype=torch.float64)
+    cross = torch.zeros(d, cut.routed, dtype=torch.float64)
+    norms = tokens.ffn.norms
+    for x, h in tokens:
+        x64 = x.double()
+        gram += x64.T @ x64
+        cross += x64.T @ importance(h, norms, cut).double()
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    return torch.linalg.solve(gram + penalty, cross).T
+
+
+def centre(tokens: Tokens, cut: Cut) -> torch.Tensor:
+    """The mean direction of each part's gate rows, float64 `[routed, hidden]`."""
+    rows = functional.normalize(tokens.ffn.gate[cut.shared * cut.part :].double(), dim=1)
+    return rows.reshape(cut.routed, cut.part, -1).mean(1)
+
+
+LINEAR: dict[str, Callable[[Tokens, Cut], torch.Tensor]] = {"linear": linear, "centre": centre}
+"""Routers that a stock class can hold."""
+
+
+def normalised(router: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """The router with the experts' mean taken out, which changes no order, and logits of unit deviation."""
+    router = router - router.mean(0, keepdim=True)
+    square, count = 0.0, 0
+    for x, _ in tokens:
+        logits = x.double() @ router.T
+        square, count = square + float(logits.square().sum()), count + logits.numel()
+    return router / max((square / max(count, 1)) ** 0.5, 1e-30)
+
+
+def choose(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` parts with the largest scores, bool `[n, routed]`."""
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, scores.topk(count, dim=1).indices, True)
+
+
+def weigh(logits: torch.Tensor, count: int, weights: Weights) -> torch.Tensor:
+    """What a stock class multiplies each part by, `[n, routed]`, 0 where it is not chosen; in float32, as it does."""
+    logits = logits.float()
+    if weights == "softmax of chosen":
+        found = logits.topk(count, dim=1)
+        return torch.zeros_like(logits).scatter_(1, found.indices, found.values.softmax(1))
+    all_of_them = logits.softmax(1) if weights == "softmax" else logits.sigmoid()
+    found = all_of_them.topk(count, dim=1)
+    return torch.zeros_like(logits).scatter_(1, found.indices, found.values)
+
+
+def constant(cut: Cut, weights: Weights) -> float:
+    """The weight of a chosen part when all logits are zero."""
+    return {"softmax": 1 / cut.routed, "softmax of chosen": 1 / cut.chosen, "sigmoid": 0.5}[weights]
+
+
+def kept(
+    router: torch.Tensor, scale: float, x: torch.Tensor, count: int, weights: Weights, dtype: torch.dtype
+) -> float:
+    """Share of a router's selections that the class repeats with its logits scaled, on tokens `[n, hidden]`."""
+    stored = (router * scale).to(dtype)
+    wanted = choose(x.double() @ stored.double().T, count)
+    found = weigh(x.float() @ stored.float().T, count, weights) > 0
+    return float((wanted & found).sum() / wanted.sum())
+
+
+def smallest_scale(router: torch.Tensor, x: torch.Tensor, weights: Weights, dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest power of two that keeps `SOUGHT` of the selections, whatever number is chosen.
+
+    Args:
+        router: `[routed, hidden]`, logits of unit deviation.
+        x: tokens `[n, hidden]`.
+        weights: of the class.
+        dtype: in which the router is stored.
+
+    Returns:
+        the scale, and the share of the selections that it keeps.
+    """
+    counts = range(1, len(router))
+    best = (1.0, 0.0)
+    for exponent in SCALES:
+        shares = [kept(router, 2.0**exponent, x, count, weights, dtype) for count in counts]
+        share = sum(shares) / len(shares)
+        if share >= SOUGHT:
+            return 2.0**exponent, share
+        if share > best[1]:
+            best = 2.0**exponent, share
+    return best
+
+
+def oracle(tokens: Tokens, cut: Cut, seed: int) -> Score:
+    """The true importance."""
+    norms = tokens.ffn.norms
+    return lambda _x, h: importance(h, norms, cut)
+
+
+def analytic(tokens: Tokens, cut: Cut, seed: int) -> Score:
+    """CMoE: |act(gate x) · up x| of each part's unit that is nearest to the part's mean activation."""
+    ffn, start = tokens.ffn, cut.shared * cut.part
+    unit = [functional.normalize(x, dim=1) for x, _ in tokens]
+    gate, up = (functional.normalize(w, dim=1) for w in (ffn.gate, ffn.up))
+    h = torch.cat([ffn.act(x @ gate.T) * (x @ up.T) for x in unit])
+    marks = torch.zeros_like(h).scatter_(1, h.abs().topk(10, dim=1).indices, 1.0)[:, start:]
+    columns = marks.T.reshape(cut.routed, cut.part, -1)
+    distance = (columns - columns.mean(1, keepdim=True)).abs().sum(2)
+    typical = start + torch.arange(cut.routed) * cut.part + distance.argmin(1)
+    rows = gate[typical], up[typical]
+    return lambda x, _h: (ffn.act(x @ rows[0].T) * (x @ rows[1].T)).abs()
+
+
+def mlp(tokens: Tokens, cut: Cut, seed: int, steps: int = 250, width: int = 64) -> Score:
+    """MoEfication: a small network trained on the importances."""
+    x = torch.cat([x for x, _ in tokens])
+    wanted = torch.cat([importance(h, tokens.ffn.norms, cut) for _, h in tokens])
+    wanted, deviation = wanted / wanted.mean(), x.std()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(x.shape[1], width), nn.GELU(), nn.Linear(width, cut.routed))
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(steps):
+            batch = torch.randint(0, len(x), (512,))
+            loss = (net(x[batch] / deviation) - wanted[batch]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    net.requires_grad_(False)
+    return lambda x, _h: net(x / deviation)
+
+
+def scored(router: torch.Tensor) -> Score:
+    """A linear router as scores."""
+    stored = router.float()
+    return lambda x, _h: x @ stored.T
+
+
+SCORES: dict[str, Callable[[Tokens, Cut, int], Score]] = {
+    "linear": lambda tokens, cut, _seed: scored(linear(tokens, cut)),
+    "centre": lambda tokens, cut, _seed: scored(centre(tokens, cut)),
+    "mlp": mlp,
+    "analytic": analytic,
+    "oracle": oracle,
+}
+"""(tokens of the partitioned FFN, cut, seed) → scores."""
+

@@ -1,0 +1,326 @@
+"""The stock classes that can hold a converted model, and how it is written into them.
+
+    class              a chosen part's weight, logits ~ 0      made one by                          k at load
+    qwen2_moe          1 / routed (softmax)                    × routed in down                     free
+    glm4_moe           1 / 2 (sigmoid)                         routed_scaling_factor = 2            free
+    qwen3_moe          1 / routed (softmax)                    × routed in down                     free
+    mixtral            1 / chosen (softmax of chosen)          × chosen in down                     fixed
+    granite_moe_shared 1 / chosen (softmax of chosen)          × chosen in down                     fixed
+
+qwen2_moe gates its shared expert by a sigmoid: its weight is zero, so it gives 1 / 2, and down is doubled. A class
+holds a model if every tensor beside the FFN has its place there and none is left empty, and the forward treats windows
+and multipliers alike: `why_not` says what is in the way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..errors import RecipeError
+from ..layout import Layout, model_class
+from .activations import gated_branch
+from .convert import Block
+from .cut import Cut
+from .router import constant
+
+CARRIED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
+    "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type",
+)  # fmt: skip
+"""Config attributes that mean the same in all classes."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Where a class keeps its shared expert.
+
+    Attributes:
+        reads: parameters of gate and up, or one of both.
+        writes: the parameter of down.
+        needed: whether it must have units.
+        gate: a parameter whose sigmoid weights the expert; zero, it gives one half.
+    """
+
+    reads: tuple[str, ...]
+    writes: str
+    needed: bool = False
+    gate: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A stock class.
+
+    Attributes:
+        model_type: its name in transformers.
+        settings: (config of the source, cut) → attributes beyond `CARRIED`.
+        free: whether `num_experts_per_tok` may be changed at load.
+        shared: its shared expert; None if it has none.
+        window: which windows of the source it can hold: one that `all` blocks have, or `each` block's own.
+        folded: whether a chosen part's weight is made one by the down projection, not by the config.
+        zeros: parameters and buffers that stay zero.
+    """
+
+    model_type: str
+    settings: Callable[[Any, Cut], dict[str, Any]]
+    free: bool
+    shared: Shared | None = None
+    window: str = ""
+    folded: bool = True
+    zeros: tuple[str, ...] = ()
+
+
+def windows(config: Any) -> set[int]:
+    """The windows of a config's blocks; 0 where a block sees everything."""
+    size = getattr(config, "sliding_window", None) or 0
+    types = getattr(config, "layer_types", None)
+    if not size or not types:
+        return {size}
+    return {size if kind == "sliding_attention" else 0 for kind in types}
+
+
+def _windowed(config: Any) -> dict[str, Any]:
+    found = windows(config)
+    if found == {0}:
+        return {"use_sliding_window": False, "layer_types": ["full_attention"] * config.num_hidden_layers}
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return {"use_sliding_window": True, "sliding_window": max(found), "layer_types": list(types)}
+
+
+def _qwen2_moe(config: Any, cut: Cut) -> dict[str, Any]:
+    return {
+        **_windowed(config),
+        "qkv_bias": config.model_type == "qwen2",
+        "num_experts": cut.routed,
+        "moe_intermediate_size": cut.padded,
+        "shared_expert_intermediate_size": max(cut.shared, 1) * cut.padded,
+        "intermediate_size": cut.width,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _glm4_moe(config: Any, cut: Cut) -> dict[str, Any]:
+    return {
+        "attention_bias": _biased(config),
+        "use_qk_norm": config.model_type == "qwen3",
+        "partial_rotary_factor": 1.0,
+        "n_routed_experts": cut.routed,
+        "n_shared_experts": cut.shared,
+        "moe_intermediate_size": cut.padded,
+        "intermediate_size": cut.width,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+    }
+
+
+def _qwen3_moe(config: Any, cut: Cut) -> dict[str, Any]:
+    everywhere = 0 not in windows(config)
+    return {
+        "use_sliding_window": everywhere,
+        "sliding_window": max(windows(config)) if everywhere else None,
+        "attention_bias": _biased(config),
+        "num_experts": cut.routed,
+        "moe_intermediate_size": cut.padded,
+        "intermediate_size": cut.width,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _mixtral(config: Any, cut: Cut) -> dict[str, Any]:
+    return {
+        "sliding_window": max(windows(config)) or None,
+        "num_local_experts": cut.routed,
+        "intermediate_size": cut.padded,
+    }
+
+
+def _granite(config: Any, cut: Cut) -> dict[str, Any]:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "attention_bias": _biased(config),
+        "num_local_experts": cut.routed,
+        "intermediate_size": cut.padded,
+        "shared_intermediate_size": cut.shared * cut.padded,
+        "embedding_multiplier": getattr(config, "embedding_multiplier", 1.0),
+        "logits_scaling": getattr(config, "logits_scaling", 1.0),
+        "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
+        "attention_multiplier": getattr(config, "attention_multiplier", head**-0.5),
+    }
+
+
+def _biased(config: Any) -> bool:
+    return bool(getattr(config, "attention_bias", config.model_type == "qwen2"))
+
+
+MLP = "@layers.{i}.mlp"
+TARGETS: Mapping[str, Target] = {
+    "qwen2_moe": Target(
+        "qwen2_moe",
+        _qwen2_moe,
+        free=True,
+        shared=Shared(
+            reads=(f"{MLP}.shared_expert.gate_proj.weight", f"{MLP}.shared_expert.up_proj.weight"),
+            writes=f"{MLP}.shared_expert.down_proj.weight",
+            gate=f"{MLP}.shared_expert_gate.weight",
+        ),
+        window="each",
+    ),
+    "glm4_moe": Target(
+        "glm4_moe",
+        _glm4_moe,
+        free=True,
+        shared=Shared(
+            reads=(f"{MLP}.shared_experts.gate_proj.weight", f"{MLP}.shared_experts.up_proj.weight"),
+            writes=f"{MLP}.shared_experts.down_proj.weight",
+            needed=True,
+        ),
+        folded=False,
+        zeros=(f"{MLP}.gate.e_score_correction_bias",),
+    ),
+    "qwen3_moe": Target("qwen3_moe", _qwen3_moe, free=True, window="all"),
+    "mixtral": Target("mixtral", _mixtral, free=False, window="all"),
+    "granite_moe_shared": Target(
+        "granitemoeshared",
+        _granite,
+        free=False,
+        shared=Shared(
+            reads=("@layers.{i}.shared_mlp.input_linear.weight",),
+            writes="@layers.{i}.shared_mlp.output_linear.weight",
+        ),
+    ),
+}
+"""In the order in which `auto` tries them."""
+
+
+def restated(layout: Layout, cut: Cut, target: Target) -> Layout:
+    """The layout of the converted model in a stock class."""
+    from transformers import AutoConfig
+
+    config = layout.config
+    carried = {name: getattr(config, name) for name in CARRIED if hasattr(config, name)}
+    rope = copy.deepcopy(config.rope_parameters)
+    settings = target.settings(config, cut)
+    if "partial_rotary_factor" in settings:
+        rope["partial_rotary_factor"] = settings["partial_rotary_factor"]
+    made = AutoConfig.for_model(
+        target.model_type,
+        **{**carried, **settings},
+        rope_parameters=rope,
+        head_dim=layout.families["head_dim"],
+        num_experts_per_tok=cut.chosen,
+    )
+    made.dtype = config.dtype
+    found = Layout.of(made, layout.task, layout.dtype)
+    made.architectures = [model_class(made, layout.task).__name__]
+    return found
+
+
+def why_not(layout: Layout, cut: Cut, target: Target) -> str:
+    """What keeps the class from holding the model; empty if nothing does."""
+    if cut.shared and target.shared is None:
+        return f"{cut.shared} shared experts"
+    if not cut.shared and target.shared is not None and target.shared.needed:
+        return "a model without shared experts"
+    found = windows(layout.config)
+    if found != {0} and (not target.window or (target.window == "all" and len(found) > 1)):
+        return f"attention windows of {', '.join(str(w or 'all') for w in sorted(found))} tokens"
+    scales = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    if any(hasattr(layout.config, name) for name in scales) and target.model_type != "granitemoeshared":
+        return "multipliers on embeddings, branches and logits"
+    made = restated(layout, cut, target)
+    theirs, ours = others(made, experts_names(made, target)), others(layout, ffn_names(layout))
+    for name, shape in sorted(ours.items() ^ theirs.items()):
+        return f"{name} {list(shape)}" if name in ours else f"a model without {name}"
+    return ""
+
+
+def others(layout: Layout, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors but the named ones."""
+    return {name: shape for name, shape in layout.shapes().items() if name not in names}
+
+
+def ffn_names(layout: Layout) -> set[str]:
+    """The tensors of a dense model that its experts replace."""
+    branches = (gated_branch(layout, block) for block in range(layout.depth))
+    return {f"{name}.weight" for branch in branches if branch for name in (*branch.reads, branch.writes)}
+
+
+def experts_names(layout: Layout, target: Target) -> set[str]:
+    """The tensors that replace them."""
+    experts, shared = layout.arch.experts, target.shared
+    assert experts is not None
+    templates = [experts.router, experts.gate_up, experts.down, *target.zeros]
+    if shared is not None:
+        templates += [*shared.reads, shared.writes, *([shared.gate] if shared.gate else [])]
+    return {layout.full(template, block) for template in templates for block in range(layout.depth)}
+
+
+def find_target(layout: Layout, cut: Cut, name: str) -> tuple[str, Target]:
+    """The class asked for, or with `auto` the first that holds the model.
+
+    Raises:
+        RecipeError: it cannot; says why.
+    """
+    biases = [n for n in layout.tensors if ".mlp." in n and n.endswith(".bias")]
+    if biases:
+        raise RecipeError("moe", f"{biases[0]}", "an FFN without biases", "No stock class has biased experts.")
+    reasons = {}
+    for word, target in TARGETS.items():
+        if name in ("auto", word):
+            reasons[word] = why_not(layout, cut, target)
+            if not reasons[word]:
+                return word, target
+    said = "; ".join(f"{word} has no place for {why}" for word, why in reasons.items())
+    found = f"a {layout.arch.model_type} that fits no class ({said})"
+    raise RecipeError(f"moe: target: {name}", found, "one that does")
+
+
+def parts(weight: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Rows `[ffn, hidden]` in the partition's order as `[experts, padded, hidden]`, zeros behind each part."""
+    return functional.pad(weight.unflatten(0, (cut.experts, cut.part)), (0, 0, 0, cut.padded - cut.part))
+
+
+def stored(block: Block, layout: Layout, target: Target, number: int) -> dict[str, torch.Tensor]:
+    """The tensors of converted block `number` in its class; `layout` is the class's."""
+    cut, ffn, experts = block.cut, block.ffn, layout.arch.experts
+    assert experts is not None
+    assert block.router is not None
+    gate, up, down = (parts(weight, cut) for weight in (ffn.gate, ffn.up, ffn.down.T.double()))
+    factor = 1 / constant(cut, experts.weights) if target.folded else 1.0
+    made = {
+        experts.router: block.router,
+        experts.gate_up: torch.cat([gate, up], dim=1)[cut.shared :],
+        experts.down: factor * down[cut.shared :].mT,
+    }
+    if target.shared is not None:
+        made |= _shared(target.shared, *(part[: cut.shared].flatten(0, 1) for part in (gate, up, down)))
+    found = {layout.full(name, number): tensor for name, tensor in made.items()}
+    return {
+        name: _filled(found.get(name), layout.tensors[name].shape)
+        for template in (*made, *target.zeros, *([target.shared.gate] if target.shared and target.shared.gate else []))
+        if (name := layout.full(template, number)) in layout.tensors
+    }
+
+
+def _shared(shared: Shared, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
+    reads = [torch.cat([gate, up])] if len(shared.reads) == 1 else [gate, up]
+    return {**dict(zip(shared.reads, reads, strict=True)), shared.writes: (2.0 if shared.gate else 1.0) * down.T}
+
+
+def _filled(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor; zeros where there is none, or where it has no units."""
+    return tensor if tensor is not None and tensor.numel() else torch.zeros(shape)

@@ -1,0 +1,169 @@
+"""moe: the FFNs of a dense model become experts that a router chooses by token, in a stock class of transformers.
+
+Each gated FFN is cut into `experts` equal parts; `active` of them work on a token, of which `shared` on every one and
+the others chosen by a linear router. Nothing is trained: units that are large on the same tokens go together
+(moe/partition.py), the router is a ridge regression (moe/router.py), and the down projections are solved again under
+the routing, block by block, against the dense model (moe/convert.py). Without `refit` and with every expert active the
+result is the dense model. What comes out opens with plain transformers (moe/targets.py).
+
+The number of parameters stays (but for the router and padding to widths that transformers' kernels take): what falls
+is the work for a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..calibration.batches import batches
+from ..checkpoint import Check, Checkpoint
+from ..errors import PreflightError, RecipeError
+from ..layout import Layout
+from ..moe.activations import HELD, Side, gated_branch
+from ..moe.convert import Block, Method, convert
+from ..moe.cut import Cut
+from ..moe.router import KEPT
+from ..moe.targets import TARGETS, ffn_names, find_target, restated, stored
+from ..pass_ import STRICT, Context, Forecast, Pass
+from .slice import too_few_tokens
+
+Count = Annotated[int, Field(gt=0)]
+EXPERTS_PAY = 0.75
+"""Active share from which on pruning units (`slice` on `ffn`) is as good (measured: benchmarks/moe.py)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Moe(Pass):
+    """Turn every gated FFN into experts, of which a token uses a few.
+
+    Attributes:
+        experts: equal parts that an FFN is cut into; a divisor of its width.
+        active: parts that a token uses, shared ones included.
+        shared: parts that every token uses; by default half of the active ones where the class holds any.
+        target: the stock class of the result; `auto` takes the first that holds the model.
+        partition: which units go together; all but `co-activation` are there to be compared with.
+        router: how parts are chosen; `centre` (the mean direction of a part's gate rows) is there to be compared with.
+        refit: solve the down projections again under the routing.
+        ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    experts: Annotated[int, Field(ge=2)]
+    active: Count
+    shared: Annotated[int, Field(ge=0)] | None = None
+    target: Literal["auto", "qwen2_moe", "glm4_moe", "qwen3_moe", "mixtral", "granite_moe_shared"] = "auto"
+    partition: Literal["co-activation", "random", "kmeans", "activation-rate"] = "co-activation"
+    router: Literal["linear", "centre"] = "linear"
+    refit: bool = True
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+
+    def requires(self, layout: Layout) -> Forecast:
+        """Find the class that can hold the result, and predict shapes and memory."""
+        cut, word = self._cut(layout)
+        after = restated(layout, cut, TARGETS[word])
+        units = self.active * cut.part
+        notes = [
+            f"{TARGETS[word].model_type}: {cut.routed} experts of {cut.padded} units, {cut.chosen} chosen by token"
+            + (f", {cut.shared} shared" if cut.shared else ""),
+            f"a token uses {units} of {cut.width} FFN units ({units / cut.width:.0%})",
+        ]
+        if self.active < self.experts and units >= EXPERTS_PAY * cut.width:
+            notes.append(f"at {units / cut.width:.0%} active, `slice` on ffn is as good and needs no router")
+        gram = 16 * cut.width * (cut.width + layout.families["hidden"]) if self.refit else 0
+        memory = 4 * layout.parameters + 4 * after.parameters + gram + HELD
+        return Forecast(after, memory, tuple(notes))
+
+    def apply(self, checkpoint: Checkpoint, context: Context) -> None:
+        """Convert block by block."""
+        began, layout = time.perf_counter(), checkpoint.layout
+        if not context.calibration:
+            raise PreflightError("moe", "no calibration data", "text to calibrate on")
+        cut, word = self._cut(layout)
+        target, data = TARGETS[word], batches(context.calibration, layout)
+        after = restated(layout, cut, target)
+        assert after.arch.experts is not None
+        method = Method(
+            self.partition, self.router, self.refit, self.ridge, after.arch.experts.weights, checkpoint.dtype
+        )
+        tensors = {name: t for name, t in checkpoint.tensors.items() if name not in ffn_names(layout)}
+        with torch.no_grad():
+            side = Side.at_start(checkpoint.model(), layout, data)
+        blocks = []
+        for number, block in enumerate(convert(side, layout, cut, method, data, context.seed, context.track)):
+            alive(block, number)
+            made = stored(block, after, target, number)
+            tensors |= {name: tensor.to(checkpoint.dtype) for name, tensor in made.items()}
+            blocks.append({"block": number, **block.details})
+        checkpoint.become(after, tensors)
+        context.details.update(
+            target=target.model_type,
+            task=layout.task,
+            experts=cut.routed,
+            active=cut.chosen,
+            shared=cut.shared,
+            active_share=cut.active / cut.experts,
+            k_at_load="free" if target.free else "fixed",
+            blocks=blocks,
+            warnings=self._warnings(blocks, layout, context),
+            seconds=time.perf_counter() - began,
+        )
+
+    def checks(self, details: Mapping[str, Any]) -> list[Check]:
+        """The routing is what was chosen."""
+        wanted = {str(name): int(details[name]) for name in ("experts", "active")}
+        task = str(details["task"])
+
+        def holds(config: Any, _: Mapping[str, torch.Tensor]) -> str | None:
+            arch = Layout.of(config, task).arch
+            if arch.experts is None:
+                return "there are no experts"
+            found = {"experts": getattr(config, arch.experts.count), "active": getattr(config, arch.experts.active)}
+            wrong = [f"{name} is {found[name]}, not {count}" for name, count in wanted.items() if found[name] != count]
+            return ", ".join(wrong) or None
+
+        return [Check(f"{wanted['active']} of {wanted['experts']} experts are chosen", holds)]
+
+    def _cut(self, layout: Layout) -> tuple[Cut, str]:
+        """How the FFNs are cut, and into which class."""
+        if layout.arch.experts is not None:
+            raise RecipeError("moe", f"a mixture of experts already ({layout.arch.model_type})", "a dense model")
+        if not layout.depth or any(gated_branch(layout, block) is None for block in range(layout.depth)):
+            raise RecipeError("moe", f"{layout.arch.model_type}, whose FFN is not gated", "llama, mistral, qwen2, …")
+        options = [self.shared] if self.shared is not None else [self.active // 2, 0]
+        for number, shared in enumerate(options):
+            cut = Cut(layout.families["ffn"], self.experts, self.active, shared)
+            try:
+                return cut, find_target(layout, cut, self.target)[0]
+            except RecipeError:
+                if number == len(options) - 1:
+                    raise
+        raise AssertionError
+
+    def _warnings(self, blocks: list[dict[str, Any]], layout: Layout, context: Context) -> list[str]:
+        found = too_few_tokens(layout, context.calibration) if self.refit else []
+        lost = [block["block"] for block in blocks if block["kept"] < KEPT]
+        if lost:
+            found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")
+        return found
+
+
+def alive(block: Block, number: int) -> None:
+    """Refuse a part that no calibration token uses.
+
+    Raises:
+        PreflightError: names the block and the part.
+    """
+    dead = [part for part, share in enumerate(block.details["load"]) if share == 0]
+    if dead:
+        raise PreflightError(
+            f"moe: block {number}",
+            f"experts {dead} that no calibration token chooses",
+            "every expert in use",
+            "Use fewer experts, more active ones, or more calibration text.",
+        )

@@ -10,7 +10,7 @@ import errno
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,35 +53,14 @@ def _recipe(reference: str, model: str | None, overrides: Sequence[str] | None) 
     return load_recipe(reference, [*(overrides or ()), *named])
 
 
-def _print(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:
-    if as_json:
-        print(json.dumps(value, indent=1, ensure_ascii=False))
-    else:
-        show(value)
-
-
-def _table(rows: Sequence[Sequence[str]], title: str = "") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    head, *body = rows
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number and len(head) > 2 else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    # A table cut to 80 columns in a log loses its figures; only a real terminal sets the width.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
-
-
 @app.command()
 def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Check a recipe; reads no weights."""
+    from .reporting import terminal
+
     loaded = _recipe(recipe, None, overrides)
     checked = _check_layout(loaded)
-    _print(
+    terminal.answer(
         {"recipe": loaded.name, "digest": loaded.digest, "valid": True, "model_checked": checked},
         as_json,
         lambda v: print(f"{v['recipe']}: valid" + ("" if checked else " (its model is not here to check it against)")),
@@ -111,28 +90,11 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a recipe will do to a model: parameters, bytes, peak memory. Reads no weights."""
-    from .preflight import size
+    from .reporting import terminal
     from .run import How, resolve
 
     _, made = resolve(_recipe(recipe, model, overrides), How(offline=offline))
-
-    def show(found: dict[str, Any]) -> None:
-        original = found["original"]
-        rows = [["step", "parameters", "bytes", "peak memory"]]
-        rows.append(["original", f"{original['parameters']:,}", size(original["bytes"]), "–"])
-        for step in found["steps"]:
-            change = f" ({100 * (step['parameters'] / original['parameters'] - 1):+.1f} %)"
-            change = "" if step["parameters"] == original["parameters"] else change
-            rows.append(
-                [step["step"], f"{step['parameters']:,}{change}", size(step["bytes"]), size(step["peak_memory"])]
-            )
-        _table(rows, f"{found['recipe']}: {found['architecture']}, {found['task']}, {found['dtype']}")
-        for step in found["steps"]:
-            for note in step["notes"]:
-                print(f"  {step['step']}: {note}")
-        print(f"  disk: {size(found['disk'])}")
-
-    _print(made.as_dict(), as_json, show)
+    terminal.answer(made.as_dict(), as_json, terminal.plan)
 
 
 @app.command(name="apply")
@@ -155,7 +117,7 @@ def apply_(
     from . import run
     from .errors import RecipeError
     from .progress import Progress
-    from .reporting import report
+    from .reporting import terminal
 
     if resume and output is None:
         raise RecipeError("--resume", "no --output", "the folder of the run to continue")
@@ -164,27 +126,13 @@ def apply_(
     loaded = _recipe(recipe, model, overrides)
     try:
         outcome = _smoke(loaded, how) if smoke else run.apply(loaded, how)
-    except TersorError:
-        _show_failed(output, as_json)
+    except TersorError as error:
+        directory = error.directory
+        if directory is not None:  # after a missed gate the measurements are what a user wants to see
+            metrics = json.loads((directory / "metrics.json").read_text("utf-8"))
+            terminal.answer(metrics, as_json, lambda m: terminal.outcome(m, directory))
         raise
-
-    def show(metrics: dict[str, Any]) -> None:
-        _table(report.rows(metrics), f"{metrics['recipe']}{' (smoke: random weights)' if smoke else ''}")
-        if not smoke:
-            print(f"  {outcome.directory}/report.md")
-
-    _print(outcome.metrics, as_json, show)
-
-
-def _show_failed(output: Path | None, as_json: bool) -> None:
-    """After a missed gate the measurements are what a user wants to see."""
-    from .reporting import report
-
-    if output is None or not (output / "metrics.json").is_file():
-        return
-    metrics = json.loads((output / "metrics.json").read_text("utf-8"))
-    if metrics["verdict"] == "fail":
-        _print(metrics, as_json, lambda m: _table(report.rows(m), f"{m['recipe']}: FAILED"))
+    terminal.answer(outcome.metrics, as_json, lambda m: terminal.outcome(m, None if smoke else outcome.directory))
 
 
 def _smoke(recipe: Recipe, how: Any) -> Any:
@@ -219,6 +167,7 @@ def eval_(
     """Measure a checkpoint or an artifact on held-out text; with a recipe's gates, judge it."""
     from . import evaluation
     from .errors import GateMissed, RecipeError
+    from .reporting import terminal
 
     if (recipe is None) == (data is None):
         raise RecipeError("tersor eval", "both or neither of --recipe and --data", "one of them")
@@ -227,26 +176,10 @@ def eval_(
     asked = evaluation.Question(model, against, names, threads, offline)
     found = asked.by_recipe(loaded) if loaded else asked.by_data(str(data), samples, length, overrides or ())
 
-    def show(result: dict[str, Any]) -> None:
-        blocks = [b for b in ("original", "model") if b in result]
-        keys = [k for k in result["model"] if k not in ("intervals", "verdicts")]
-        rows = [["", *blocks, "95 % interval"]]
-        for key in keys:
-            low, high = result["model"].get("intervals", {}).get(key, (None, None))
-            cells = [_number(result[b].get(key)) for b in blocks]
-            rows.append([key.replace("_", " "), *cells, f"{low:.4g} … {high:.4g}" if low is not None else "–"])
-        _table(rows, model)
-        for verdict in result["model"].get("verdicts", ()):
-            print(f"  {'met' if verdict['passed'] else 'MISSED'}: {verdict['text']}")
-
-    _print(found, as_json, show)
+    terminal.answer(found, as_json, lambda f: terminal.evaluation(model, f))
     missed = [v["text"] for v in found["model"].get("verdicts", ()) if not v["passed"]]
     if missed:
         raise GateMissed("gate", "; ".join(missed))
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 @app.command()
@@ -265,6 +198,7 @@ def compare(
     """Two checkpoints, artifacts or runs beside each other: sizes, metrics, configs, tensors."""
     from . import compare as comparing
     from .errors import RecipeError
+    from .reporting import terminal
 
     if recipe is not None and data is not None:
         raise RecipeError("tersor compare", "both --recipe and --data", "one of them or neither")
@@ -276,18 +210,7 @@ def compare(
         source = Source(path=data, samples=samples, length=length)
     loaded = _recipe(recipe, None, None) if recipe else None
     found = comparing.compare(a, b, source=source, recipe=loaded, metrics=names, threads=threads, offline=offline)
-
-    def show(result: dict[str, Any]) -> None:
-        _table(comparing.rows(result), f"{a} beside {b}")
-        if result.get("config"):
-            _table([["config", a, b], *([key, str(x), str(y)] for key, x, y in result["config"])])
-        changed = comparing.tensor_rows(result)
-        if changed:
-            _table(changed, f"most changed of {result['compared']} tensors")
-        elif "tensors" in result:
-            print("  the weights are the same")
-
-    _print(found, as_json, show)
+    terminal.answer(found, as_json, lambda f: terminal.comparison(a, b, f))
 
 
 @app.command()
@@ -308,6 +231,7 @@ def export(
     from .checkpoint import Checkpoint, locate
     from .errors import RecipeError
     from .recipe import exporter_options
+    from .reporting import terminal
     from .run import random_inputs
     from .rundir import written_beside
 
@@ -318,7 +242,7 @@ def export(
     exporter.requires(checkpoint.layout)
     with preflight.threads(threads), written_beside(output) as beside:
         artifact = exporter.write(checkpoint, beside, random_inputs(checkpoint, 0))
-    _print(artifact, as_json, lambda a: print(f"{output}: {a['parity']}" if a.get("parity") else str(output)))
+    terminal.answer(artifact, as_json, lambda a: print(f"{output}: {a['parity']}" if a.get("parity") else str(output)))
 
 
 @app.command()
@@ -327,16 +251,11 @@ def verify(
 ) -> None:
     """Reopen a run's results with stock transformers and ONNX Runtime in fresh processes, and check its promises."""
     from .errors import ParityMissed
+    from .reporting import terminal
     from .verify import verify as run_verify
 
     findings = run_verify(directory)
-
-    def show(_: Any) -> None:
-        _table(
-            [["", "promise", ""], *([("✓" if f.holds else "✗"), f.what, f.detail] for f in findings)], str(directory)
-        )
-
-    _print([vars(f) for f in findings], as_json, show)
+    terminal.answer([vars(f) for f in findings], as_json, lambda v: terminal.promises(directory, v))
     broken = [f"{f.what}: {f.detail}" for f in findings if not f.holds]
     if broken:
         raise ParityMissed(str(directory), "; ".join(broken))
@@ -350,41 +269,16 @@ def passes(
 ) -> None:
     """List the passes and exporters, or describe one with its options."""
     from . import catalogue
+    from .reporting import terminal
 
     if table:
         from .coverage import table as coverage
 
-        _print(coverage(), as_json, _show_coverage)
-        return
-    if name is None:
-        listed = catalogue.summary()
-        _print(
-            listed,
-            as_json,
-            lambda v: _table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in v)]),
-        )
-        return
-    found = catalogue.describe(name)
-
-    def show(entry: dict[str, Any]) -> None:
-        print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n")
-        _table(
-            [
-                ["option", "type", "default", "meaning"],
-                *([o["name"], o["type"], o["default"], o["meaning"]] for o in entry["options"]),
-            ]
-        )
-
-    _print(found, as_json, show)
-
-
-def _show_coverage(found: dict[str, dict[str, str]]) -> None:
-    heads = list(next(iter(found.values())))
-    _table([["architecture", *heads], *([a, *("no" if r[h] else "yes" for h in heads)] for a, r in found.items())])
-    for architecture, row in found.items():
-        for head, reason in row.items():
-            if reason:
-                print(f"  {architecture}, {head}: {reason}")
+        terminal.answer(coverage(), as_json, terminal.coverage)
+    elif name is None:
+        terminal.answer(catalogue.summary(), as_json, terminal.catalogue)
+    else:
+        terminal.answer(catalogue.describe(name), as_json, terminal.description)
 
 
 @app.command()
@@ -399,9 +293,9 @@ def schema() -> None:
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has: versions, cores, memory, disk, extras."""
     from .doctor import examine
+    from .reporting import terminal
 
-    found = examine()
-    _print(found, as_json, lambda v: _table([["", ""], *([k, str(x)] for k, x in v.items())], "tersor doctor"))
+    terminal.answer(examine(), as_json, terminal.machine)
 
 
 def _message(error: BaseException) -> tuple[str, int] | None:

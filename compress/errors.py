@@ -6,11 +6,19 @@ A message is one line: the place, what was found, what was expected, the remedy.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class TersorError(Exception):
-    """One line for the user. `exit_code` is what the command line ends with."""
+    """One line for the user.
+
+    Attributes:
+        exit_code: what the command line ends with.
+        directory: the run directory, where the run went as far as a report.
+    """
 
     exit_code = 1
+    directory: Path | None = None
 
     def __init__(self, place: str, found: str, expected: str = "", remedy: str = ""):
         self.place, self.found, self.expected, self.remedy = place, found, expected, remedy

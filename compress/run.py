@@ -166,6 +166,7 @@ class _Run:
         metrics = report.collect(self.directory.journal, self.plan, failed=failure is not None)
         report.write(self.directory.path, self.plan, metrics, self.directory.journal)
         if failure is not None:
+            failure.directory = self.directory.path
             raise failure
         shutil.rmtree(self.directory.path / ".steps", ignore_errors=True)
         return Outcome(self.directory.path, metrics)

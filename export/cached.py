@@ -25,9 +25,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.errors import RecipeError
+from tersor.compress.errors import PreflightError, RecipeError
 
-from . import trace
+from . import runtime, trace
 from .core import DOMAIN, TRACED, Core
 from .ops import CONTRIB, Ops
 
@@ -50,6 +50,7 @@ def cached(checkpoint: Checkpoint, opset: int) -> ir.Model:
 
     Raises:
         RecipeError: a block computes its attention where it cannot be seen, or in a form without a cached operator.
+        PreflightError: ONNX Runtime is too old for windows.
     """
     module, depth = checkpoint.model(torch.float32), checkpoint.layout.depth
     module.config.use_cache = False
@@ -142,6 +143,8 @@ def _fill(graph: ir.Graph, node: ir.Node, number: int, front: Front) -> None:
         for stem, length in (("past_key_values", "past"), ("present", "total"))
     )
     window, shared = int(read["window"]), {"scale": float(read["scale"]), "softcap": float(read["softcap"])}
+    if window and runtime.version() < runtime.WINDOWS:
+        raise PreflightError("export: onnx-decoder", "a window, which this ONNX Runtime gets wrong", "1.24 or later")
     if size % GROUPED == 0:
         made = ir.node(
             "GroupQueryAttention",

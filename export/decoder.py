@@ -97,10 +97,10 @@ class OnnxDecoder(Exporter):
             raise
 
     def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
-        from . import artifact, cached_parity, nbits, trace
+        from . import artifact, cached_parity, nbits, runtime, trace
         from .cached import cached
 
-        model = cached(checkpoint, self.opset)
+        model = cached(checkpoint, runtime.opset(self.opset))
         facts = self._facts(checkpoint, model)
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)

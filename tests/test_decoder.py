@@ -21,7 +21,7 @@ from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.compress.evaluate.gate import Gate, judge
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.paths import package_path
-from tersor.export import cached, cached_parity, nbits
+from tersor.export import cached, cached_parity, nbits, runtime
 from tersor.export.decoder import OnnxDecoder
 from tersor.export.generate import Generator, choose
 
@@ -43,6 +43,7 @@ SLOW: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3-windowed": ("phi3", "windowed", {"max_position_embeddings": 128}),
     "opt": ("opt", "", {}),
 }
+WINDOWED = ("mistral-windowed", "gemma2", "phi3-windowed")
 PROMPT = np.array([5, 17, 42, 9, 60])
 
 Made = Callable[..., tuple[Checkpoint, Path]]
@@ -55,6 +56,8 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def make(form: str, precision: str = "float32") -> tuple[Checkpoint, Path]:
         if (form, precision) not in done:
+            if form in WINDOWED and runtime.version() < runtime.WINDOWS:
+                pytest.skip("this ONNX Runtime gets windows wrong, and the exporter says so")
             model_type, variant, config = (FORMS | SLOW)[form]
             checkpoint, directory = tiny(model_type, variant=variant, **config), tmp_path_factory.mktemp(form)
             OnnxDecoder(precision=precision).write(checkpoint, directory, [])

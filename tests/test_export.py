@@ -21,7 +21,7 @@ from tersor.compress.arch import architecture, names
 from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.export import onnx as exporter
-from tersor.export import parity, trace
+from tersor.export import parity, runtime, trace
 from tersor.export.artifact import Artifact
 from tersor.export.build import build
 from tersor.export.onnx import Onnx
@@ -504,3 +504,11 @@ def test_a_real_encoder_packed_equals_torch(tmp_path: Path) -> None:
         states = forward(checkpoint, **ids)[0]
         want = states.mean(0) / np.linalg.norm(states.mean(0))
         assert np.abs(got - want).max() < 2e-6
+
+
+def test_an_opset_that_this_runtime_cannot_open_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime.opset(None) == max(n for n, since in runtime.OPSETS.items() if since <= runtime.version())
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    assert runtime.opset(None) == runtime.opset(23) == 23
+    with pytest.raises(PreflightError, match="opset: 24: found ONNX Runtime 1.23.2, expected 1.24 or later"):
+        runtime.opset(24)

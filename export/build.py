@@ -7,11 +7,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.evaluate.pooling import Pooling
 
 from . import trace
 from .core import core, head
 from .front import Clock
-from .pooling import Pooling
 from .stitch import stitch
 
 

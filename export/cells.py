@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from tersor.compress.evaluate.pooling import Pooling
 
 from .front import POISON, Clock, Front, normalized, positions_from, time_of
 from .ops import Ops
-from .pooling import Pooling
 
 
 class Cells(Front):

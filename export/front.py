@@ -23,9 +23,9 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+from tersor.compress.evaluate.pooling import Pooling
 
 from .ops import Ops
-from .pooling import Pooling
 
 POISON = 1 << 40
 """An index that no row has."""

@@ -34,7 +34,7 @@ class Onnx(Exporter):
         inputs: `packed` takes several sequences a row (segment numbers in `attention_mask`) and removes padding inside
             the graph; `padded` one a row, otherwise the same; `packed-static` is for runtimes without dynamic shapes.
         precision: of products and tables; `int8` keeps a scale a token (int8.py).
-        opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest that runs here if not set.
+        opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
         width: tokens in a row of `packed-static`.
         rows: rows in a call of `packed-static`.
     """

@@ -18,10 +18,10 @@ from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
+from tersor.compress.evaluate.pooling import Pooling
 
 from .front import POISON, Clock, Front, normalized, positions_from, time_of
 from .ops import Ops
-from .pooling import Pooling
 
 CLASSES = (32, 64, 128, 256)
 ROW = 1 << 32

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from tersor.compress.evaluate.pooling import Pooling
 
 from .cells import Cells
 from .core import DOMAIN
 from .front import Clock, Front
 from .ops import Ops
-from .pooling import Pooling
 from .segments import Segments
 
 PLAIN = frozenset(

@@ -20,12 +20,12 @@ import torch
 from tersor.compress.arch import architecture, names
 from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
+from tersor.compress.evaluate.pooling import Pooling
 from tersor.export import onnx as exporter
 from tersor.export import parity, runtime, trace
 from tersor.export.artifact import Artifact
 from tersor.export.build import build
 from tersor.export.onnx import Onnx
-from tersor.export.pooling import Pooling
 
 FORMS = {
     "bert": ("bert", "", "packed"),
@@ -43,7 +43,9 @@ PACKED = [name for name, (_, _, inputs) in FORMS.items() if inputs == "packed"]
 SIDE = {
     "cls": {"1_Pooling/config.json": b'{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'},
     "normalized": {
-        "modules.json": b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Normalize"}]'
+        "modules.json": b'[{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}, '
+        b'{"type": "x.Normalize", "path": "2_Normalize"}]',
+        "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
     },
 }
 
@@ -200,8 +202,8 @@ def test_pooling_follows_the_checkpoints_own_files(name: str, inputs: Any, tiny:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"modules.json": b'[{"type": "x.Dense"}]'}, "Dense"),
-        ({"1_Pooling/config.json": b'{"pooling_mode_max_tokens": true}'}, "pooling_mode_max_tokens"),
+        ({"modules.json": b'[{"type": "x.Dense", "path": "2_Dense"}]'}, "Dense"),
+        ({"1_Pooling/config.json": b'{"pooling_mode_max_tokens": true}'}, "max_tokens"),
         (
             {"1_Pooling/config.json": b'{"pooling_mode_max_tokens": true, "pooling_mode_mean_tokens": true}'},
             "mean",
@@ -510,5 +512,5 @@ def test_an_opset_that_this_runtime_cannot_open_is_refused(monkeypatch: pytest.M
     assert runtime.opset(None) == max(n for n, since in runtime.OPSETS.items() if since <= runtime.version())
     monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
     assert runtime.opset(None) == runtime.opset(23) == 23
-    with pytest.raises(PreflightError, match="opset: 24: found ONNX Runtime 1.23.2, expected 1.24 or later"):
+    with pytest.raises(PreflightError, match=r"opset: 24: found ONNX Runtime 1\.23\.2, expected 1\.24 or later"):
         runtime.opset(24)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RecipeError
+from ..errors import PreflightError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ class Pooling:
 
         Raises:
             RecipeError: a module or a mode that is not one of the above.
+            PreflightError: a file that is not JSON.
         """
         if "modules.json" not in side_files:
             return cls(_mode(side_files, DEFAULT)) if DEFAULT in side_files else cls()
@@ -58,6 +59,10 @@ class Pooling:
         pooled = [path for kind, path in modules if kind == "Pooling"]
         mode = _mode(side_files, f"{pooled[0]}/config.json") if pooled else "mean"
         return cls(mode, any(kind == "Normalize" for kind, _ in modules))
+
+    def as_json(self) -> dict[str, Any]:
+        """For artifact.json."""
+        return asdict(self)
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One embedding a row.
@@ -85,7 +90,7 @@ def _json(side_files: Mapping[str, bytes], name: str) -> Any:
     try:
         return json.loads(side_files[name])
     except ValueError as error:
-        raise RecipeError(name, f"a file that is not JSON ({error})") from error
+        raise PreflightError(name, f"an unreadable file ({error})", "JSON") from error
 
 
 def _mode(side_files: Mapping[str, bytes], name: str) -> Literal["mean", "cls"]:

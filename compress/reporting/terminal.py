@@ -61,9 +61,10 @@ def outcome(metrics: Found, directory: Path | None) -> None:
     remark = ": FAILED" if metrics["verdict"] == "fail" else "" if directory else " (smoke: random weights)"
     table(rows(metrics), f"{metrics['recipe']}{remark}")
     if directory is not None:
-        made = [directory / name for name in (*(("model",) if metrics["steps"] else ()), *(a["name"] for a in metrics["artifacts"]))]
-        for path in [*(p for p in made if p.is_dir()), directory / "report.html", directory / "report.md"]:
-            print(f"  {path}")
+        names = ["model"] * bool(metrics["steps"]) + [artifact["name"] for artifact in metrics["artifacts"]]
+        for name in (*names, "report.html", "report.md"):
+            if (directory / name).exists():
+                print(f"  {directory / name}")
 
 
 def evaluation(model: str, found: Found) -> None:

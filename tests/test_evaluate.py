@@ -187,7 +187,7 @@ def test_pooling_is_what_the_side_files_say() -> None:
             "pooling by max_tokens, expected mean or cls",
         ),
         ({"1_Pooling/config.json": b'{"pooling_mode": ["mean", "max"]}'}, "pooling by mean and max"),
-        ({"1_Pooling/config.json": b"{"}, "not JSON"),
+        ({"1_Pooling/config.json": b"{"}, "expected JSON"),
         (
             {"modules.json": modules("Transformer", "Pooling", "Dense"), "1_Pooling/config.json": MEAN},
             "a module Dense",

@@ -25,7 +25,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.errors import PreflightError, RecipeError
+from tersor.compress.errors import RecipeError
 
 from . import runtime, trace
 from .core import DOMAIN, TRACED, Core
@@ -143,8 +143,8 @@ def _fill(graph: ir.Graph, node: ir.Node, number: int, front: Front) -> None:
         for stem, length in (("past_key_values", "past"), ("present", "total"))
     )
     window, shared = int(read["window"]), {"scale": float(read["scale"]), "softcap": float(read["softcap"])}
-    if window and runtime.version() < runtime.WINDOWS:
-        raise PreflightError("export: onnx-decoder", "a window, which this ONNX Runtime gets wrong", "1.24 or later")
+    if window:
+        runtime.require("a window in a graph with a cache", "export: onnx-decoder")
     if size % GROUPED == 0:
         made = ir.node(
             "GroupQueryAttention",

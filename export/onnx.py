@@ -89,6 +89,8 @@ class Onnx(Exporter):
         from .build import build
 
         opset = runtime.opset(self.opset)
+        if self.precision == "int8":
+            runtime.require("int8", "export: onnx: precision")
         if checkpoint.layout.arch.inputs == "pixels":
             return images.write(checkpoint, directory, samples, opset)
         static = (self.rows, self.width) if self.inputs == "packed-static" else None

@@ -7,8 +7,12 @@ from tersor.compress.errors import PreflightError
 
 OPSETS = {23: (1, 23), 24: (1, 24)}
 """ONNX opset → the first ONNX Runtime that runs it."""
-WINDOWS = (1, 24)
-"""The first whose GroupQueryAttention is right with a window and a bias together."""
+SINCE = {
+    "int8": (1, 24),
+    "a window in a graph with a cache": (1, 24),
+    "soft-capped attention": (1, 24),
+}
+"""What earlier versions cannot open, or answer wrongly."""
 
 
 def version() -> tuple[int, int]:
@@ -31,3 +35,19 @@ def opset(asked: int | None) -> int:
             f"export: opset: {asked}", f"ONNX Runtime {onnxruntime.__version__}", f"{since} or later", "Or opset: 23."
         )
     return asked
+
+
+def knows(feature: str) -> bool:
+    """Whether the ONNX Runtime here is new enough for one of `SINCE`."""
+    return version() >= SINCE[feature]
+
+
+def require(feature: str, place: str) -> None:
+    """Refuse what would not open or be wrong.
+
+    Raises:
+        PreflightError: ONNX Runtime is too old for `feature`.
+    """
+    if not knows(feature):
+        since = ".".join(map(str, SINCE[feature]))
+        raise PreflightError(place, f"{feature}, and ONNX Runtime {onnxruntime.__version__}", f"ONNX Runtime {since}")

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tersor.compress.evaluate.pooling import Pooling
 
+from . import runtime
 from .cells import Cells
 from .core import DOMAIN
 from .front import Clock, Front
@@ -132,6 +133,8 @@ def fill(graph: ir.Graph, node: ir.Node, front: Front, ops: Ops, flat: bool) -> 
         for x, n, size in zip(node.inputs, (heads, kv_heads, kv_heads), sizes, strict=True)
         if x is not None
     ]
+    if read["softcap"]:
+        runtime.require("soft-capped attention", "export: onnx")
     parts = []
     for number, (q, k, v) in enumerate(zip(*folded, strict=True)):
         mask = front.mask(ops, number, causal, window)

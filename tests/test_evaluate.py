@@ -196,7 +196,7 @@ def test_pooling_is_what_the_side_files_say() -> None:
     ],
 )
 def test_pooling_that_is_not_understood_is_refused(side_files: dict[str, bytes], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises((RecipeError, PreflightError), match=message):
         Pooling.of(side_files)
 
 

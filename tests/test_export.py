@@ -49,6 +49,8 @@ SIDE = {
     },
 }
 
+INT8 = pytest.mark.skipif(not runtime.knows("int8"), reason="this ONNX Runtime has no int8 products of this form")
+
 Made = Callable[[str], tuple[Checkpoint, Path]]
 
 
@@ -60,6 +62,8 @@ def made(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     def make(form: str) -> tuple[Checkpoint, Path]:
         if form not in done:
             model_type, variant, inputs = FORMS[form]
+            if model_type in ("gemma2", "modernbert") and not runtime.knows("soft-capped attention"):
+                pytest.skip("this ONNX Runtime gets caps wrong, and is coarse where a block has no norm before it")
             checkpoint, directory = tiny(model_type, variant=variant), tmp_path_factory.mktemp(form)
             Onnx(inputs=inputs).write(checkpoint, directory, [])
             done[form] = checkpoint, directory
@@ -429,6 +433,7 @@ def test_the_other_architectures_pass_parity(name: str, tiny: Any, tmp_path: Pat
     Onnx().write(tiny(model_type, variant=variant), tmp_path, [])
 
 
+@INT8
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_int8_answers_do_not_depend_on_neighbours(model_type: str, tiny: Any, tmp_path: Path) -> None:
     checkpoint = tiny(model_type)
@@ -448,7 +453,7 @@ def test_int8_answers_do_not_depend_on_neighbours(model_type: str, tiny: Any, tm
         start += n
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=INT8)])
 def test_many_weights_lie_beside_the_graph(
     precision: Any, tiny: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -475,6 +480,7 @@ def test_one_scale_for_all_tokens_would_depend_on_neighbours() -> None:
     assert np.abs(np.round(quiet / scale) * scale - int8.lines(quiet)).max() > 0.1
 
 
+@INT8
 def test_int8_keeps_products_that_an_outlier_would_drown(tiny: Any, tmp_path: Path) -> None:
     """One value column carries all the size, and its readers none of it: what remains is noise in int8."""
     checkpoint = tiny("bert")

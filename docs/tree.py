@@ -1,4 +1,4 @@
-"""Print the tree that the README shows: every module with the first sentence of its docstring; --write puts it there."""
+"""Print the tree of the README: every module with the first sentence of its docstring; --write puts it there."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tersor.compress import cutter as cutter_module
 from tersor.compress.arch import names
 from tersor.compress.calibration.batches import Batch, batches
 from tersor.compress.calibration.stages import stages
@@ -19,6 +18,7 @@ from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
+from tersor.compress.slicing import cutter as cutter_module
 from tersor.compress.slicing.budget import free_words, head_axis
 from tersor.compress.slicing.cutter import Cutter
 from tersor.compress.slicing.fuse import fuse, obstacle, producers, restate

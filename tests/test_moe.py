@@ -23,7 +23,7 @@ def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray
 
 def converted(checkpoint: Checkpoint, tokens: list[np.ndarray] | None = None, **options) -> dict:
     context = Context(tokens or samples())
-    Moe(**{"experts": 4, "active": 2, **options}).apply(checkpoint, context)
+    Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
     return context.details
 
 
@@ -130,7 +130,7 @@ def test_the_shipped_router_with_every_expert_is_nearly_dense(dense, source):
     details = converted(checkpoint, active=2, refit=False)
     assert details["k_at_load"] == "free"
     off = (output(checkpoint, top_k=details["experts"]) - before).abs().max() / before.abs().max()
-    assert off < 10 * max(block["weight_error"] for block in details["blocks"])
+    assert off < 10 * max(router["weight_error"] for router in details["router"])
     assert (output(checkpoint, top_k=details["experts"] - 1) - before).abs().max() > 1e-2
 
 
@@ -154,8 +154,8 @@ def test_the_class_chooses_what_the_router_says(dense, source, options):
         chosen += int((order[:, :, None] == router(x)[2][:, None]).sum())
         wanted += order.numel()
     assert chosen / wanted >= 0.999
-    assert all(block["kept"] >= 0.999 for block in details["blocks"])
-    assert all(block["weight_error"] < 0.05 for block in details["blocks"])
+    assert all(router["kept"] >= 0.999 for router in details["router"])
+    assert all(router["weight_error"] < 0.05 for router in details["router"])
 
 
 def test_too_small_a_scale_loses_choices(dense):
@@ -307,3 +307,55 @@ def test_the_plan_is_what_comes_out(dense):
     assert "slice" in forecast.notes[-1]
     converted(checkpoint, active=3)
     assert checkpoint.layout.parameters == forecast.layout.parameters
+
+
+# --- what it says of itself -----------------------------------------------------------------------------------------
+
+
+def test_the_details_say_what_each_number_of_experts_costs(dense):
+    checkpoint = planted(dense("llama", intermediate_size=128), 8)
+    details = converted(checkpoint, samples(100, 32), experts=8, active=4, compare=True)
+    loss, curve = details["loss"], details["loss_by_k"]
+    assert loss.keys() == {"dense", "oracle", "pruned", "experts"}
+    assert [point["k"] for point in curve] == list(range(1, details["experts"] + 1))
+    own = next(point for point in curve if point["k"] == details["active"])
+    assert own["loss"] == pytest.approx(loss["experts"])
+    assert own["active_share"] == 0.5
+    assert all(len(layer) == details["experts"] for layer in details["load"])
+    assert sum(details["load"][0].values()) == pytest.approx(details["active"])
+    json.dumps(details)
+
+
+def test_a_trial_is_the_loss_of_the_stored_class(dense):
+    from tersor.compress.calibration.batches import batches
+    from tersor.compress.calibration.loss import judge
+    from tersor.compress.moe.activations import Side
+    from tersor.compress.moe.convert import Method, convert
+    from tersor.compress.moe.cut import Cut
+    from tersor.compress.moe.trial import Trial
+
+    checkpoint = dense("granite")
+    layout, model = checkpoint.layout, checkpoint.model()
+    data, judged = batches(samples(), layout), batches(samples(8, 20, seed=3), layout)
+    with torch.no_grad():
+        side = Side.at_start(model, layout, data)
+    method = Method(weights="softmax of chosen")
+    simulated = Trial(model, layout, judged).follow(
+        convert(side, layout, Cut(64, 4, 2, 1), method, data, 0, lambda items, _: items)
+    )
+    converted(checkpoint)
+    stored = judge(checkpoint.model(), None, checkpoint.layout, judged)
+    assert simulated == pytest.approx(stored, rel=1e-5)
+    assert abs(judge(model, None, layout, judged) - stored) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_recipe_runs(tmp_path):
+    from tersor.compress.recipe import load_recipe
+    from tersor.compress.run import How, apply
+
+    recipe = load_recipe("moe", ["data.calibration.samples=12", "data.heldout.samples=6", "data.calibration.length=64"])
+    outcome = apply(recipe, How(output=tmp_path / "run", offline=True, threads=1, enforce=False))
+    assert json.loads((tmp_path / "run/model/config.json").read_text("utf-8"))["model_type"] == "qwen2_moe"
+    assert "loss by k" in (tmp_path / "run/report.html").read_text("utf-8")
+    assert outcome.metrics["checkpoint"]["perplexity"] > outcome.metrics["original"]["perplexity"]

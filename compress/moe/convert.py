@@ -79,7 +79,14 @@ class Block:
 
 
 def convert(
-    side: Side, layout: Layout, cut: Cut, method: Method, data: Sequence[Batch], seed: int, track: Track
+    side: Side,
+    layout: Layout,
+    cut: Cut,
+    method: Method,
+    data: Sequence[Batch],
+    seed: int,
+    track: Track,
+    label: str = "experts",
 ) -> Iterator[Block]:
     """Convert block by block; the model behind `side` stays as it is.
 
@@ -91,9 +98,10 @@ def convert(
         data: calibration batches.
         seed: of the partition.
         track: progress.
+        label: of the progress bar.
     """
     small = side.fork() if method.refit else side
-    for number in track(range(layout.depth), "experts"):
+    for number in track(range(layout.depth), label):
         with torch.no_grad():
             yield _block(side, small, number, cut, method, data, seed)
 

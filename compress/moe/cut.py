@@ -12,36 +12,12 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """An FFN of `width` units in `experts` equal parts, of which a token uses `active`; `shared` are always used.
-
-    Raises:
-        RecipeError: the numbers do not fit together.
-    """
+    """An FFN of `width` units in `experts` equal parts, of which a token uses `active`; `shared` are always used."""
 
     width: int
     experts: int
     active: int
     shared: int
-
-    def __post_init__(self) -> None:
-        if self.width % self.experts:
-            near = [n for n in range(2, self.width) if self.width % n == 0 and self.width // n >= 2]
-            close = sorted(near, key=lambda n: abs(n - self.experts))[:4]
-            raise RecipeError(
-                "moe: experts",
-                f"{self.experts} for an FFN of {self.width} units",
-                f"a divisor of {self.width}",
-                f"Near by: {', '.join(map(str, sorted(close)))}." if close else "",
-            )
-        if self.active > self.experts:
-            raise RecipeError("moe: active", f"{self.active} of {self.experts} experts", f"at most {self.experts}")
-        if self.shared >= self.active:
-            raise RecipeError(
-                "moe: shared",
-                f"{self.shared} of {self.active} active experts",
-                f"at most {self.active - 1}",
-                "One at least is left to the router.",
-            )
 
     @property
     def part(self) -> int:
@@ -60,5 +36,30 @@ class Cut:
 
     @property
     def chosen(self) -> int:
-        """Parts that the router chooses."""
+        """Parts that the router chooses; 0 where the active ones are fixed, which prunes."""
         return self.active - self.shared
+
+    def refuse(self) -> None:
+        """Say what is wrong with the numbers of a recipe.
+
+        Raises:
+            RecipeError: they do not fit together.
+        """
+        if self.width % self.experts:
+            near = [n for n in range(2, self.width) if self.width % n == 0 and self.width // n >= 2]
+            close = sorted(near, key=lambda n: abs(n - self.experts))[:4]
+            raise RecipeError(
+                "moe: experts",
+                f"{self.experts} for an FFN of {self.width} units",
+                f"a divisor of {self.width}",
+                f"Near by: {', '.join(map(str, sorted(close)))}." if close else "",
+            )
+        if self.active > self.experts:
+            raise RecipeError("moe: active", f"{self.active} of {self.experts} experts", f"at most {self.experts}")
+        if self.shared >= self.active:
+            raise RecipeError(
+                "moe: shared",
+                f"{self.shared} of {self.active} active experts",
+                f"at most {self.active - 1}",
+                "One at least is left to the router.",
+            )

@@ -11,6 +11,9 @@ arXiv 2502.04416: 740 MB for a layer of 7B). Here each group gets a price at whi
 then every pair of groups is split anew until nothing moves, which is exact for the pair: the members of both are sorted
 by the difference of their costs, and the cheaper half goes to each side. All of it costs n · groups · log n.
 
+Not parts to choose from but units to keep, where all active parts are shared: `energy`, and `surgeon`, which is what
+the slicing pass does to an FFN.
+
 For comparison: `random` (LLaMA-MoE, arXiv 2406.16554), `kmeans` on the gate's rows (MoEfication, 2110.01786),
 `activation-rate` (CMoE: shared by rate, one assignment to the most active units' columns).
 """
@@ -23,6 +26,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from ..slicing.obs import elimination_order, survivors
 from .activations import Tokens
 from .cut import Cut
 
@@ -187,10 +191,32 @@ def by_rate(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
     return ordered(shared, rest, balanced(distance))
 
 
+def by_energy(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Units by the mean square of their contribution, largest first: pruning by energy keeps the shared parts."""
+    norms = tokens.ffn.norms
+    energy = torch.zeros(cut.width, dtype=torch.float64)
+    for _, h in tokens:
+        energy += (h * norms).square().sum(0, dtype=torch.float64)
+    return energy.argsort(descending=True, stable=True)
+
+
+def by_surgeon(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Units in the reverse of the order in which backward elimination removes them (slicing/obs.py)."""
+    moments = torch.zeros(cut.width, cut.width, dtype=torch.float64)
+    for _, h in tokens:
+        h64 = h.double()
+        moments += h64.T @ h64
+    gone = cut.width - cut.active * cut.part
+    order = elimination_order(moments, tokens.ffn.down.T, torch.arange(cut.width)[:, None], gone)
+    return torch.cat([survivors(order, cut.width, cut.width - gone), order.flip(0)])
+
+
 PARTITIONS: dict[str, Partition] = {
     "co-activation": co_activation,
     "random": by_random,
     "kmeans": by_kmeans,
     "activation-rate": by_rate,
+    "energy": by_energy,
+    "surgeon": by_surgeon,
 }
 """(tokens of the dense block, cut, seed) → int64 `[ffn]`: the shared units, then each routed part's."""

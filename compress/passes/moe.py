@@ -13,14 +13,16 @@ is the work for a token.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..calibration.batches import batches
+from ..calibration.batches import Batch, batches
+from ..calibration.loss import judge
 from ..checkpoint import Check, Checkpoint
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
@@ -28,11 +30,14 @@ from ..moe.activations import HELD, Side, gated_branch
 from ..moe.convert import Block, Method, convert
 from ..moe.cut import Cut
 from ..moe.router import KEPT
-from ..moe.targets import TARGETS, ffn_names, find_target, restated, stored
+from ..moe.targets import TARGETS, Target, ffn_names, find_target, restated, stored
+from ..moe.trial import bounds, by_count
 from ..pass_ import STRICT, Context, Forecast, Pass
 from .slice import too_few_tokens
 
 Count = Annotated[int, Field(gt=0)]
+CURVE = 8
+"""Numbers of experts, at most about, whose loss is measured."""
 EXPERTS_PAY = 0.75
 """Active share from which on pruning units (`slice` on `ffn`) is as good (measured: benchmarks/moe.py)."""
 
@@ -50,6 +55,9 @@ class Moe(Pass):
         router: how parts are chosen; `centre` (the mean direction of a part's gate rows) is there to be compared with.
         refit: solve the down projections again under the routing.
         ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
+        compare: leave a tenth of the calibration data out of the fits and measure on it what each number of experts
+            costs, what the best conceivable router would, and what pruning to the same number of units would. Takes
+            two more conversions.
     """
 
     needs_calibration: ClassVar[bool] = True
@@ -62,6 +70,7 @@ class Moe(Pass):
     router: Literal["linear", "centre"] = "linear"
     refit: bool = True
     ridge: Annotated[float, Field(gt=0)] = 1e-3
+    compare: bool = True
 
     def requires(self, layout: Layout) -> Forecast:
         """Find the class that can hold the result, and predict shapes and memory."""
@@ -85,22 +94,31 @@ class Moe(Pass):
         if not context.calibration:
             raise PreflightError("moe", "no calibration data", "text to calibrate on")
         cut, word = self._cut(layout)
-        target, data = TARGETS[word], batches(context.calibration, layout)
-        after = restated(layout, cut, target)
+        target, after = TARGETS[word], restated(layout, cut, TARGETS[word])
+        fitted, judged = self._divided(context, layout)
         assert after.arch.experts is not None
         method = Method(
             self.partition, self.router, self.refit, self.ridge, after.arch.experts.weights, checkpoint.dtype
         )
         tensors = {name: t for name, t in checkpoint.tensors.items() if name not in ffn_names(layout)}
+        model = checkpoint.model()
         with torch.no_grad():
-            side = Side.at_start(checkpoint.model(), layout, data)
+            side = Side.at_start(model, layout, fitted)
         blocks = []
-        for number, block in enumerate(convert(side, layout, cut, method, data, context.seed, context.track)):
+        for number, block in enumerate(convert(side, layout, cut, method, fitted, context.seed, context.track)):
             alive(block, number)
             made = stored(block, after, target, number)
             tensors |= {name: tensor.to(checkpoint.dtype) for name, tensor in made.items()}
-            blocks.append({"block": number, **block.details})
+            blocks.append(block.details)
+        converted = time.perf_counter()
+        losses = {}
+        if judged and cut.chosen < cut.routed:
+            losses = {"dense": judge(model, model, layout, judged)}
+            losses |= bounds(model, layout, cut, method, fitted, judged, context.seed, context.track)
+        del model, side
         checkpoint.become(after, tensors)
+        if losses:
+            self._compare(checkpoint, cut, target, judged, losses, context)
         context.details.update(
             target=target.model_type,
             task=layout.task,
@@ -109,9 +127,12 @@ class Moe(Pass):
             shared=cut.shared,
             active_share=cut.active / cut.experts,
             k_at_load="free" if target.free else "fixed",
-            blocks=blocks,
-            warnings=self._warnings(blocks, layout, context),
-            seconds=time.perf_counter() - began,
+            fit_per_layer=columns(blocks, ("left_before", "left_after", "oracle_agreement")),
+            load_per_layer={"busiest": [max(b["load"]) for b in blocks], "idlest": [min(b["load"]) for b in blocks]},
+            load=[{f"expert {n}": share for n, share in enumerate(b["load"])} for b in blocks],
+            router=[{name: b[name] for name in ("scale", "kept", "weight_error")} for b in blocks],
+            warnings=[*self._warnings(blocks, layout, context), *context.details.pop("found", [])],
+            seconds={"convert": converted - began, "compare": time.perf_counter() - converted},
         )
 
     def checks(self, details: Mapping[str, Any]) -> list[Check]:
@@ -138,6 +159,7 @@ class Moe(Pass):
         options = [self.shared] if self.shared is not None else [self.active // 2, 0]
         for number, shared in enumerate(options):
             cut = Cut(layout.families["ffn"], self.experts, self.active, shared)
+            cut.refuse()
             try:
                 return cut, find_target(layout, cut, self.target)[0]
             except RecipeError:
@@ -145,12 +167,56 @@ class Moe(Pass):
                     raise
         raise AssertionError
 
+    def _divided(self, context: Context, layout: Layout) -> tuple[list[Batch], list[Batch]]:
+        """Batches to fit to, and those to measure on."""
+        count = len(context.calibration)
+        if not self.compare or count < 2:
+            return batches(context.calibration, layout), []
+        order = np.random.default_rng(context.seed).permutation(count)
+        tenth = set(order[: max(1, count // 10)].tolist())
+        parts = ([s for n, s in enumerate(context.calibration) if (n in tenth) == kept] for kept in (False, True))
+        fitted, judged = (batches(part, layout) for part in parts)
+        return fitted, judged
+
+    def _compare(
+        self,
+        checkpoint: Checkpoint,
+        cut: Cut,
+        target: Target,
+        judged: list[Batch],
+        losses: dict[str, float],
+        context: Context,
+    ) -> None:
+        """Into the details: the loss beside its bounds, and by number of chosen experts."""
+        model, layout = checkpoint.model(), checkpoint.layout
+        losses["experts"] = by_count(model, layout, judged, [cut.chosen])[0]
+        context.details["loss"] = losses
+        if target.free:
+            step = -(-cut.routed // CURVE)
+            counts = sorted({*range(step, cut.routed + 1, step), cut.chosen, cut.routed})
+            found = by_count(model, layout, judged, counts)
+            context.details["loss_by_k"] = [
+                {"k": k, "active_share": (cut.shared + k) / cut.experts, "loss": loss, "excess": loss - losses["dense"]}
+                for k, loss in zip(counts, found, strict=True)
+            ]
+        if losses["pruned"] <= losses["experts"]:
+            numbers = f"{losses['pruned']:.3f} against {losses['experts']:.3f} nats a token"
+            context.details["found"] = [
+                f"FFNs pruned to {cut.active / cut.experts:.0%} of their units lose no more ({numbers}) and need no "
+                "router: use `slice` on ffn"
+            ]
+
     def _warnings(self, blocks: list[dict[str, Any]], layout: Layout, context: Context) -> list[str]:
         found = too_few_tokens(layout, context.calibration) if self.refit else []
-        lost = [block["block"] for block in blocks if block["kept"] < KEPT]
+        lost = [number for number, block in enumerate(blocks) if block["kept"] < KEPT]
         if lost:
             found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")
         return found
+
+
+def columns(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
+    """Records by column, for those names that they have."""
+    return {name.replace("_", " "): [r[name] for r in records] for name in names if name in records[0]}
 
 
 def alive(block: Block, number: int) -> None:

@@ -1,0 +1,101 @@
+"""What a conversion costs, on text that it was not fitted to, and what others would have cost there.
+
+A trial follows a conversion block by block on streams of its own, so no second set of weights is held. It is how
+routers that no stock class can hold are measured, and how the report comes by its bounds:
+
+    oracle     the same cut with a router that knows every part's true importance: what a better router could win
+    pruned     as many units, the same for every token, by backward elimination and refitted: what needs no router
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..calibration.batches import Batch
+from ..calibration.loss import judge
+from ..layout import Layout
+from .activations import Side, Tokens
+from .convert import Block, Method, Track, added, convert
+from .cut import Cut
+
+
+class Trial:
+    """The loss of a model whose FFNs are converted one after the other, in nats a token.
+
+    Args:
+        model: the dense model, as a torch module; its tokens' logits are judged as `calibration.loss.judge` does.
+        layout: of it.
+        data: batches that nothing is fitted to.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, layout: Layout, data: Sequence[Batch]):
+        self.model, self.layout, self.data = model, layout, data
+        self.side = Side.at_start(model, layout, data)
+        self.number = 0
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Through the next block, as it was converted."""
+        before = self.side.before_ffn(self.number)
+        tokens = Tokens(block.ffn, before, self.data)
+        self.side.streams = [
+            added(stream, batch, block.ffn.scale * (block.masked(x, h) @ block.ffn.down.T))
+            for stream, batch, (x, h) in zip(before, self.data, tokens, strict=True)
+        ]
+        self.number += 1
+
+    def follow(self, blocks: Iterable[Block]) -> float:
+        """Through all blocks; their loss."""
+        for block in blocks:
+            self.advance(block)
+        return self.loss()
+
+    def loss(self) -> float:
+        """Behind the last block."""
+        streams = iter(self.side.streams)
+        finish = self.side.walk.finish
+        return judge(lambda **inputs: finish(next(streams), **inputs), self.model, self.layout, self.data)
+
+
+def bounds(
+    model: Any,
+    layout: Layout,
+    cut: Cut,
+    method: Method,
+    fitted: Sequence[Batch],
+    judged: Sequence[Batch],
+    seed: int,
+    track: Track,
+) -> dict[str, float]:
+    """Losses of `oracle` and `pruned` beside a conversion by `method` (see the module)."""
+    kept = replace(cut, shared=cut.active)
+    others = {
+        "oracle": (cut, replace(method, router="oracle")),
+        "pruned": (kept, replace(method, partition="surgeon", weights=None)),
+    }
+    found = {}
+    for name, (how, by) in others.items():
+        with torch.no_grad():
+            side = Side.at_start(model, layout, fitted)
+        blocks = convert(side, layout, how, by, fitted, seed, track, name)
+        found[name] = Trial(model, layout, judged).follow(blocks)
+    return found
+
+
+@torch.no_grad()
+def by_count(model: Any, layout: Layout, data: Sequence[Batch], counts: Iterable[int]) -> list[float]:
+    """Losses of a converted model in its class when it chooses another number of experts."""
+    routers = [module for module in model.modules() if isinstance(getattr(module, "top_k", None), int)]
+    before, found = [router.top_k for router in routers], []
+    for count in counts:
+        for router in routers:
+            router.top_k = count
+        found.append(judge(model, model, layout, data))
+    for router, count in zip(routers, before, strict=True):
+        router.top_k = count
+    return found

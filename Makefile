@@ -7,10 +7,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
+BROWSER ?= build/browser
 INSTALLED := $(VENV)/.installed
 TYPES := build/types/tersor
 
-.PHONY: help demo test test-clients lint types bench clean
+.PHONY: help demo test test-clients test-browser lint types bench clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -33,6 +34,10 @@ test-clients: $(INSTALLED)  ## Open artifacts in stock clients, in an environmen
 	$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
 	  optimum-onnx==0.1.0 'transformers>=4.57,<4.58' torch onnxruntime
 	TERSOR_CLIENTS=$(abspath $(CLIENTS))/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(PYTEST_ARGS)
+
+test-browser: $(INSTALLED)  ## Run artifacts in headless Chromium; needs Node.js and Chromium
+	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(BROWSER) onnxruntime-web@1.30.0 playwright-core@1.65.1
+	TERSOR_BROWSER=$(abspath $(BROWSER)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 lint: $(INSTALLED) types  ## Check style and types
 	$(BIN)/ruff check .

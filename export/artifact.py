@@ -25,44 +25,6 @@ if TYPE_CHECKING:
 MANIFEST = "artifact.json"
 FORMAT = 1
 
-README = """# {title}
-
-An ONNX model written by tersor: `{model_type}`, task `{task}`, opset {opset}, {parameters:,} parameters.
-Inputs: {inputs}, int64 `[{rows}]`. Outputs: {outputs}.
-
-{interface}
-
-```python
-{code}
-```
-
-With tersor installed, `tersor.export.client.Client(directory)` takes sequences in any order, packs them, and answers in
-that order. artifact.json holds the limits, the hashes of all files and the measured distance from float64.
-"""
-
-PACKED = """In `attention_mask` 0 is padding and k ≥ 1 is the number of the segment in its row: a plain 0/1 mask is the
-ordinary case, and several sequences may lie side by side in one row without seeing each other. {per_sequence}"""
-
-PADDED = "`attention_mask` is 1 at tokens and 0 at padding."
-
-PACKED_CODE = """import numpy as np, onnxruntime
-sequences = [{examples}]  # token ids
-ids = np.concatenate(sequences)[None]
-segments = np.repeat(np.arange(len(sequences)) + 1, [len(s) for s in sequences])[None]
-outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
-
-PADDED_CODE = """import numpy as np, onnxruntime
-sequences = [{examples}]  # token ids
-segments = np.array([[i < len(s) for i in range(max(map(len, sequences)))] for s in sequences], np.int64)
-ids = np.zeros_like(segments); ids[segments == 1] = np.concatenate(sequences)
-outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
-
-STATIC_CODE = """import numpy as np, onnxruntime
-sequences = [{examples}]  # token ids
-ids, segments = np.zeros((2, {rows}, {width}), np.int64); n = sum(map(len, sequences))  # all in the first row
-ids[0, :n], segments[0, :n] = np.concatenate(sequences), np.repeat([1, 2], [len(s) for s in sequences])
-outputs = onnxruntime.InferenceSession("{file}").run(None, {feed})"""
-
 
 @dataclass(frozen=True)
 class Artifact:
@@ -203,38 +165,3 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     manifest = {"format": FORMAT, "exporter": "onnx", **facts, "files": hashes}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     return manifest
-
-
-def snippet(facts: Mapping[str, Any]) -> str:
-    """Five lines of Python that run the artifact with numpy and ONNX Runtime alone."""
-    names = [i["name"] for i in facts["inputs"]]
-    values = {"input_ids": "ids", "attention_mask": "segments", "token_type_ids": "ids * 0"}
-    feed = "{" + ", ".join(f'"{n}": {values[n]}' for n in names) + "}"
-    code = {"padded": PADDED_CODE, "packed": PACKED_CODE, "packed-static": STATIC_CODE}[facts["packing"]]
-    high = facts["limits"]["vocab"] - 1
-    examples = f"[{min(7, high)}, {min(8, high)}, {min(9, high)}], [{min(4, high)}, {min(5, high)}]"
-    fixed = facts.get("static") or {}
-    return code.format(examples=examples, file=facts["model"], feed="@", **fixed).replace("@", feed)
-
-
-def write_readme(directory: Path, facts: Mapping[str, Any]) -> None:
-    """README.md of the artifact."""
-    last = facts["outputs"][-1]["name"]
-    each = last == "sentence_embedding" or facts["task"] == "text-classification"
-    order = f"`{last}` has one row a sequence, row by row in the order in which segments begin."
-    if facts.get("static"):
-        order = f"`{last}[r, k - 1]` belongs to segment k of row r."
-    interface = PADDED if facts["packing"] == "padded" else PACKED.format(per_sequence=order if each else "")
-    text = README.format(
-        title=f"{facts['model_type']} as ONNX, {facts['packing']} input",
-        model_type=facts["model_type"],
-        task=facts["task"],
-        opset=facts["opset"],
-        parameters=facts["parameters"],
-        inputs=", ".join(f"`{i['name']}`" for i in facts["inputs"]),
-        rows=", ".join(map(str, facts["inputs"][0]["shape"])),
-        outputs=", ".join(f"`{o['name']}` `[{', '.join(map(str, o['shape']))}]`" for o in facts["outputs"]),
-        interface=interface.strip(),
-        code=snippet(facts),
-    )
-    (directory / "README.md").write_text(text, "utf-8")

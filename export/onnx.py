@@ -85,7 +85,7 @@ class Onnx(Exporter):
             raise
 
     def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
-        from . import artifact, images, int8, parity, runtime, trace
+        from . import artifact, images, int8, parity, readme, runtime, trace
         from .build import build
 
         opset = runtime.opset(self.opset)
@@ -97,7 +97,7 @@ class Onnx(Exporter):
         model, facts = build(checkpoint, self.inputs, opset, static)
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)
-        artifact.write_readme(directory, facts)
+        readme.write(directory, facts)
         artifact.write_manifest(directory, facts)
         client = Client(directory, threads=1)
         figures = parity.hold(checkpoint, client, samples)

@@ -29,11 +29,15 @@ demo: $(INSTALLED)  ## Slice and export the decoder that ships, then export a se
 test: $(INSTALLED)  ## Run the tests, offline
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
-test-clients: $(INSTALLED)  ## Open artifacts in stock clients, in an environment of their own
+test-clients: $(INSTALLED)  ## Open results in stock clients, in two environments of their own
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
-	  optimum-onnx==0.1.0 'transformers>=4.57,<4.58' torch onnxruntime
-	TERSOR_CLIENTS=$(abspath $(CLIENTS))/bin/python HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(PYTEST_ARGS)
+	  optimum-onnx==0.1.0 'sentence-transformers>=5,<6' 'transformers>=4.57,<4.58' torch onnxruntime
+	test -x $(CLIENTS)-genai/bin/python || $(PYTHON) -m venv $(CLIENTS)-genai
+	$(CLIENTS)-genai/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	  onnxruntime-genai==0.18.0 onnx-ir transformers torch
+	TERSOR_CLIENTS=$(abspath $(CLIENTS))/bin/python TERSOR_GENAI=$(abspath $(CLIENTS))-genai/bin/python \
+	  HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m clients $(PYTEST_ARGS) tests/test_clients.py
 
 test-browser: $(INSTALLED)  ## Run artifacts in headless Chromium; needs Node.js and Chromium
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(BROWSER) onnxruntime-web@1.30.0 playwright-core@1.65.1
@@ -52,5 +56,5 @@ bench: $(INSTALLED)  ## Run the benchmarks
 	for file in benchmarks/*.py; do HF_HUB_OFFLINE=1 $(BIN)/python $$file || exit 1; done
 
 clean:  ## Remove the environment, caches and build outputs; runs/ stays
-	rm -rf .venv $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(CLIENTS) $(CLIENTS)-genai build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

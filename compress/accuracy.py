@@ -43,6 +43,7 @@ class Asked:
         metrics: measured besides those of the gates.
         base: the test's folder, or the recipe's: relative paths are tried from the working directory, then from here.
         threads: CPU threads, None for torch's own setting.
+        offline: never ask a hub.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Asked:
     metrics: tuple[str, ...] = ()
     base: Path | None = None
     threads: int | None = None
+    offline: bool = False
 
     @property
     def measured(self) -> list[str]:
@@ -109,7 +111,9 @@ def limits(**by_kind: Mapping[str, float | str] | None) -> tuple[Gate, ...]:
     return tuple(found)
 
 
-def by_recipe(model: str, recipe: str, gates: tuple[Gate, ...], base: Path, threads: int | None = None) -> Asked:
+def by_recipe(
+    model: str, recipe: str, gates: tuple[Gate, ...], base: Path, threads: int | None = None, offline: bool = False
+) -> Asked:
     """Text, metrics, gates and original of a recipe."""
     from .recipe import load_recipe
 
@@ -118,7 +122,7 @@ def by_recipe(model: str, recipe: str, gates: tuple[Gate, ...], base: Path, thre
     if loaded.data.heldout is None:
         raise RecipeError(loaded.place("data"), "no held-out text", "data.heldout")
     wanted = tuple(gate for gate in loaded.gate if gate.metric != "latency_ms") + gates
-    return Asked(model, loaded.data.heldout, wanted, loaded.model, loaded.metrics, loaded.base, threads)
+    return Asked(model, loaded.data.heldout, wanted, loaded.model, loaded.metrics, loaded.base, threads, offline)
 
 
 def hold(asked: Asked, path: Path, update: bool, command: str) -> Finding:
@@ -193,12 +197,14 @@ def _measure(asked: Asked, update: bool) -> tuple[Block, Block | None, Sequence[
     from .evaluation import open_scorer
 
     check_metrics(asked.measured, place="accuracy_gate")
-    scorer, reader = open_scorer(locate(asked.model, base=asked.base), asked.threads)
+    scorer, reader = open_scorer(locate(asked.model, asked.offline, asked.base), asked.threads)
     compared = any(METRICS[name].needs_reference for name in asked.measured)
     reference = None
     if asked.original is not None and (update or compared):
-        reference, _ = open_scorer(locate(asked.original, base=asked.base), asked.threads)
-    samples = reader.read(asked.source, seed=None, base=asked.base, place="accuracy_gate")
+        reference, _ = open_scorer(locate(asked.original, asked.offline, asked.base), asked.threads)
+    samples = reader.read(
+        asked.source, seed=None, base=asked.base, place="accuracy_gate", offline=asked.offline
+    )
 
     def block(of: Any) -> Block:
         scores = evaluate(of, samples, asked.measured, reference)

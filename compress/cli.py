@@ -214,6 +214,30 @@ def compare(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, an artifact or a run directory.")],
+    against: Annotated[str | None, typer.Option("--against", help="What ratios refer to [default: DIR].")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Lengths [default: 16,64,256].")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed calls of each.")] = 9,
+    offline: OfflineOption = False,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time checkpoints, artifacts or runs in turns: the median of a call, by its size."""
+    from . import bench as benching
+    from .errors import RecipeError
+    from .reporting import terminal
+
+    lengths = [n.strip() for n in tokens.split(",")] if tokens is not None else []
+    if wrong := [n for n in lengths if not n.isdecimal()]:
+        raise RecipeError("--tokens", repr(wrong[0]), "whole numbers, comma-separated")
+    found = benching.bench(
+        model, against, tokens=list(map(int, lengths)), threads=threads, repeats=repeats, offline=offline
+    )
+    terminal.answer(found, as_json, terminal.timings)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", help="The artifact's folder; must not exist.")],

@@ -112,7 +112,7 @@ def compare(
             raise RecipeError(recipe.place("data"), "no held-out text", "data.heldout")
     with preflight.threads(threads):
         if source is not None:
-            blocks = _measured(sides, source, base, metrics, threads)
+            blocks = _measured(sides, source, base, metrics, threads, offline)
         else:
             blocks = [_recorded(side, threads) for side in sides]
         found: dict[str, Any] = {
@@ -152,7 +152,12 @@ def _size(path: Path, threads: int | None) -> dict[str, Any]:
 
 
 def _measured(
-    sides: Sequence[Side], source: Source, base: Path | None, metrics: Sequence[str], threads: int | None
+    sides: Sequence[Side],
+    source: Source,
+    base: Path | None,
+    metrics: Sequence[str],
+    threads: int | None,
+    offline: bool,
 ) -> list[dict[str, dict[str, Any]]]:
     from .evaluate import evaluate
     from .evaluation import open_scorer
@@ -166,7 +171,7 @@ def _measured(
     (first, reader), (second, _) = opened
     if first.output != second.output:
         raise RecipeError("tersor compare", f"{first.output} beside {second.output}", "two models of one task")
-    samples = reader.read(source, seed=None, base=base, place="data")
+    samples = reader.read(source, seed=None, base=base, place="data", offline=offline)
     wanted = tuple(metrics) or default_metrics(first.output, samples)
     blocks: list[dict[str, dict[str, Any]]] = []
     for scorer in (first, second):

@@ -69,6 +69,7 @@ class AccuracyGate:
         samples: int = 128,
         length: int = 256,
         threads: int | None = None,
+        offline: bool = False,
     ) -> dict[str, float]:
         """Fail the test if the model is outside a limit.
 
@@ -88,6 +89,7 @@ class AccuracyGate:
             samples: how many samples of `data`, if that is a path.
             length: tokens a sample, likewise.
             threads: CPU threads.
+            offline: never ask a hub, as HF_HUB_OFFLINE=1 in the environment says for all tests.
 
         Returns:
             parameters, bytes and every metric by name.
@@ -102,12 +104,12 @@ class AccuracyGate:
         try:
             gates = limits(max=max, min=min, max_increase=max_increase, max_drop=max_drop)
             if recipe is not None:
-                asked = by_recipe(str(model), str(recipe), gates, node.path.parent, threads)
+                asked = by_recipe(str(model), str(recipe), gates, node.path.parent, threads, offline)
             else:
                 plain = {"path": str(data), "samples": samples, "length": length}
                 source = source_of(data if isinstance(data, Mapping) else plain)
                 before = None if original is None else str(original)
-                asked = Asked(str(model), source, gates, before, tuple(metrics), node.path.parent, threads)
+                asked = Asked(str(model), source, gates, before, tuple(metrics), node.path.parent, threads, offline)
             command = f"pytest {node.nodeid!r} --accuracy-update".replace("'", '"')
             path = self._path()
             found = hold(asked, path, node.config.getoption("--accuracy-update"), command)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ def _local(datasets: Any, folder: Path, part: Part) -> Any:
 def _fetched(datasets: Any, name: str, part: Part, offline: bool) -> Any:
     """From the cache or the hub; the switch that keeps the library at home is put back."""
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or offline
+    datasets.config.HF_HUB_OFFLINE = before or offline or bool(os.environ.get("HF_HUB_OFFLINE"))
     try:
         return datasets.load_dataset(name, part.subset, split=part.split)
     finally:

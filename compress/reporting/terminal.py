@@ -98,6 +98,21 @@ def comparison(a: str, b: str, found: Found) -> None:
         print("  the weights are the same")
 
 
+def timings(found: Found) -> None:
+    """A row a size of call, a column a model; the others beside the first."""
+    first = found["baseline"]
+    table_rows = [["ms a call", *found["calls"][0]["milliseconds"]]]
+    for call in found["calls"]:
+        each, count = call["milliseconds"], call["sequences"]
+        what = f"{count} image{'s' * (count > 1)}" if call["tokens"] is None else f"{call['tokens']} tokens"
+        if call["tokens"] is not None and count > 1:
+            what += f" in {count} sequences"
+        ratios = {name: f" ({each[first] / ms:.2f}×)" for name, ms in each.items() if name != first}
+        table_rows.append([what, *(f"{ms:.2f}{ratios.get(name, '')}" for name, ms in each.items())])
+    plural = "s" if found["threads"] != 1 else ""
+    table(table_rows, f"median, {found['threads']} thread{plural}; ×: as fast as {first}")
+
+
 def promises(directory: Path, found: Sequence[Found]) -> None:
     """What was checked of a run, and whether it holds."""
     rows = [["✓" if f["holds"] else "✗", f["what"], f["detail"]] for f in found]

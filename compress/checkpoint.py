@@ -245,6 +245,8 @@ class Checkpoint:
                 None, config=config, state_dict=state, dtype=dtype
             )
         model.tie_weights()
+        if self.layout.arch.experts is not None and dtype == torch.float64:
+            model.set_experts_implementation("eager")  # torch has no grouped product of float64
         found: PreTrainedModel = model.eval().requires_grad_(False)
         return found
 

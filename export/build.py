@@ -9,14 +9,19 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.evaluate.pooling import Pooling
 
-from . import trace
+from . import experts, experts_choice, trace
 from .core import core, head
 from .front import Clock
 from .stitch import stitch
 
 
 def build(
-    checkpoint: Checkpoint, inputs: str, opset: int, static: tuple[int, int] | None = None
+    checkpoint: Checkpoint,
+    inputs: str,
+    opset: int,
+    static: tuple[int, int] | None = None,
+    form: experts_choice.Word = "auto",
+    precision: experts_choice.Precision = "float32",
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The model, without metadata, and its description.
 
@@ -25,6 +30,8 @@ def build(
         inputs: see `stitch.stitch`.
         opset: of the default domain.
         static: rows and width of every call; for `packed-static`.
+        form: of a mixture's experts.
+        precision: of a mixture's experts.
 
     Raises:
         RecipeError: the pooling or an attention argument is not understood.
@@ -37,12 +44,42 @@ def build(
     base = layout.prefix.rstrip(".")
     inner = module.get_submodule(base) if classes else module
     model = core(inner, layout.arch.token_types, layout.depth, opset)
+    routed = fill(checkpoint, model, form, precision, static is not None)
     behind = head(module, base, layout.sizes["hidden"], opset) if classes else None
     clock = Clock(layout.arch.positions_count, layout.first_position)
     stitch(model, pooling, clock, inputs, behind)
     if static is not None:
         fix(model, static)
-    return model, facts(checkpoint, model, pooling, inputs, opset, static)
+    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), **routed}
+
+
+def fill(
+    checkpoint: Checkpoint,
+    model: ir.Model,
+    word: experts_choice.Word,
+    precision: experts_choice.Precision,
+    static: bool = False,
+) -> dict[str, Any]:
+    """Give a mixture's experts their form, in place; what artifact.json says of them, nothing if there are none."""
+    nodes = experts.placeholders(model.graph)
+    if not nodes:
+        return {}
+    form = experts_choice.form_of(word, precision, checkpoint.layout, static)
+    speed: dict[str, dict[str, float]] = {}
+    if word == "measure":
+        forms = experts_choice.candidates(precision, checkpoint.layout)
+        form, speed = experts_choice.measured(model.graph, forms)
+    said: dict[str, Any] = {
+        "form": form,
+        "layers": len(nodes),
+        "experts": checkpoint.layout.families["experts"],
+        "chosen": experts.chosen(nodes[0]),
+        "routers": experts.routers(model.graph),
+    }
+    if speed:
+        said["speed_over_whole"] = speed
+    experts.fill(model.graph, form)
+    return {"experts": said}
 
 
 def fix(model: ir.Model, shape: tuple[int, int]) -> None:

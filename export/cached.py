@@ -19,6 +19,7 @@ of a past for one sequence at a time only; a prompt, and single tokens, for any 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,9 @@ from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import RecipeError
 
 from . import runtime, trace
-from .core import DOMAIN, TRACED, Core
+from .build import fill
+from .core import DOMAIN, TRACED, Core, attentions
+from .experts_choice import Precision, Word
 from .ops import CONTRIB, Ops
 
 HIDDEN = -1e30
@@ -45,8 +48,10 @@ def names(depth: int, before: bool) -> list[str]:
     return [f"{stem}.{i}.{kind}" for i in range(depth) for kind in ("key", "value")]
 
 
-def cached(checkpoint: Checkpoint, opset: int) -> ir.Model:
-    """The graph, without metadata.
+def cached(
+    checkpoint: Checkpoint, opset: int, word: Word = "auto", precision: Precision = "float32"
+) -> tuple[ir.Model, dict[str, Any]]:
+    """The graph, without metadata, and what artifact.json says of a mixture's experts; `word` and `precision` are theirs.
 
     Raises:
         RecipeError: a block computes its attention where it cannot be seen, or in a form without a cached operator.
@@ -57,13 +62,14 @@ def cached(checkpoint: Checkpoint, opset: int) -> ir.Model:
     ids = torch.arange(14).reshape(2, 7) % 7
     model = trace.trace(Core(module, False), [ids, ids.clone()], ["input_ids", "position_ids"], ["logits"], TRACED)
     model.graph.opset_imports[""] = opset
-    placeholders = [node for node in model.graph if node.domain == DOMAIN]
+    routed = fill(checkpoint, model, word, precision)
+    placeholders = attentions(model.graph)
     if len(placeholders) != depth:
         raise RecipeError("export: onnx-decoder", f"{len(placeholders)} attentions in {depth} blocks", "one in each")
     CommonSubexpressionEliminationPass()(model)
     _interface(model, placeholders)
     RemoveUnusedNodesPass()(model)
-    return model
+    return model, routed
 
 
 class Front:

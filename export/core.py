@@ -15,7 +15,7 @@ import torch
 from tersor.compress.errors import RecipeError
 from torch import nn
 
-from . import trace
+from . import experts, trace
 
 ATTENTION = "tersor_core"
 DOMAIN = "tersor"
@@ -29,6 +29,7 @@ IGNORED = (
     "is_causal",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "return_dict",
 )
 
@@ -85,6 +86,7 @@ class Core(nn.Module):
         super().__init__()
         AttentionInterface.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        experts.prepare(model)
         self.model, self.token_types = model, token_types
 
     def forward(
@@ -143,7 +145,12 @@ def core(model: nn.Module, token_types: bool, depth: int, opset: int) -> ir.Mode
     examples = [torch.arange(7)[None] % (2 if n == "token_type_ids" else 7) for n in names]
     traced = trace.trace(Core(model, token_types), examples, names, ["answer"], TRACED, axes={1: "tokens"})
     traced.graph.opset_imports[""] = opset
-    found = sum(node.domain == DOMAIN for node in traced.graph)
+    found = len(attentions(traced.graph))
     if found != depth:
         raise RecipeError("export: onnx", f"{found} attentions in {depth} blocks", "one in each")
     return traced
+
+
+def attentions(graph: ir.Graph) -> list[ir.Node]:
+    """The placeholders of `attend`, in order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]

@@ -21,6 +21,7 @@ from tersor.compress.exporter import Exporter
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
 
+from .experts_choice import Word, form_of
 from .generate import Generator
 from .onnx import _empty
 
@@ -64,10 +65,12 @@ class OnnxDecoder(Exporter):
     Attributes:
         precision: of weights; `int8` in blocks of 32 with a scale each, judged by the recipe's gate.
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too.
+        experts: how a mixture's experts run (experts_choice.py).
     """
 
     precision: Literal["float32", "int8"] = "float32"
     opset: int = Field(default=23, ge=23, le=24)
+    experts: Word = "auto"
 
     def requires(self, layout: Layout) -> Forecast:
         """Check task and architecture; the peak is a float32 and a float64 copy beside the graph's weights.
@@ -77,13 +80,12 @@ class OnnxDecoder(Exporter):
         """
         if layout.task != "text-generation":
             raise RecipeError("export: onnx-decoder", f"task {layout.task!r}", "text-generation")
-        if layout.arch.experts is not None:
-            found = f"a mixture of experts ({layout.arch.model_type})"
-            raise RecipeError("export: onnx-decoder", found, "a dense model")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx-decoder", f"{layout.arch.model_type}, which takes no position_ids", "one that does"
             )
+        if layout.arch.experts is not None:
+            form_of(self.experts, "blocks" if self.precision == "int8" else "float32", layout)
         note = f"onnx-decoder: {self.precision}, with cache"
         return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
 
@@ -100,8 +102,9 @@ class OnnxDecoder(Exporter):
         from . import artifact, cached_parity, nbits, runtime, trace
         from .cached import cached
 
-        model = cached(checkpoint, runtime.opset(self.opset))
-        facts = self._facts(checkpoint, model)
+        word: Word = "auto" if self.precision == "int8" else self.experts
+        model, routed = cached(checkpoint, runtime.opset(self.opset), word)
+        facts = {**self._facts(checkpoint, model), **routed}
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)
         config = _write_config(directory, facts)
@@ -109,7 +112,10 @@ class OnnxDecoder(Exporter):
         artifact.write_manifest(directory, facts)
         figures = cached_parity.hold(checkpoint, Generator(directory, threads=1), samples)
         if self.precision == "int8":
-            nbits.quantize(model)
+            if routed:
+                model, routed = cached(checkpoint, runtime.opset(self.opset), self.experts, "blocks")
+                facts |= routed
+            nbits.quantize(model, facts.get("experts", {}).get("routers", ()))
             trace.save(model, directory)
             facts["parity_float32"] = figures
             artifact.write_manifest(directory, facts)

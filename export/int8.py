@@ -126,16 +126,9 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         x = node.inputs[0]
         assert x is not None
         if x.name not in done:
-            done[str(x.name)] = _lines(ops, x, product.weight.shape[0])
+            done[str(x.name)] = quantized_lines(ops, ops.reshape(x, -1, product.weight.shape[0]))
         q, scale = done[str(x.name)]
-        small, per_column = columns(product.weight)
-        y = ops(
-            "MatMulIntegerToFloat",
-            *(q, ops.constant_array(small), ops.constant(1, np.float32), ops.constant_array(per_column)),
-            *(ops.constant(128, np.uint8), ops.constant_array(np.zeros(len(per_column), np.int8))),
-            domain=CONTRIB,
-        )
-        y = ops("Mul", y, scale)
+        y = multiplied(ops, ops, q, scale, product.weight)
         node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
         _replace(graph, node, ops)
     for number, node in enumerate([n for n in graph if n.op_type == "Gather"]):
@@ -154,19 +147,30 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
         _replace(graph, node, ops)
     graph.opset_imports[CONTRIB] = 1
-    used = {id(x) for node in graph for x in node.inputs}
+    used = {id(x) for node in ir.traversal.RecursiveGraphIterator(graph) for x in node.inputs}
     for name in [n for n, value in graph.initializers.items() if id(value) not in used]:
         graph.initializers.pop(name)
 
 
-def _lines(ops: Ops, x: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
-    """Uint8 of the lines `[N, k]` of `x` `[…, N, k]` and their scales `[N, 1]`."""
-    flat = ops.reshape(x, -1, width)
-    largest = ops("ReduceMax", ops("Abs", flat), ops.constant([1]), keepdims=0)
+def multiplied(outer: Ops, ops: Ops, q: ir.Value, scale: ir.Value, weight: np.ndarray) -> ir.Value:
+    """Quantised lines by a weight `[k, n]`, whose eight-bit form `outer` keeps."""
+    small, per_column = columns(weight)
+    y = ops(
+        "MatMulIntegerToFloat",
+        *(q, outer.constant_array(small), ops.constant(1, np.float32), outer.constant_array(per_column)),
+        *(ops.constant(128, np.uint8), outer.constant_array(np.zeros(len(per_column), np.int8))),
+        domain=CONTRIB,
+    )
+    return ops("Mul", y, scale)
+
+
+def quantized_lines(ops: Ops, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Uint8 of the lines of `x` `[N, k]` and their scales `[N, 1]`."""
+    largest = ops("ReduceMax", ops("Abs", x), ops.constant([1]), keepdims=0)
     scale = ops("Mul", largest, ops.constant(1 / 127, np.float32))
     scale = ops("Max", scale, ops.constant(1e-10, np.float32))
     zero = ops("ConstantOfShape", ops("Shape", scale), value=ir.tensor(np.array([128], np.uint8)))
-    return ops("QuantizeLinear", flat, scale, zero, axis=0), ops.unsqueeze(scale, 1)
+    return ops("QuantizeLinear", x, scale, zero, axis=0), ops.unsqueeze(scale, 1)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, ops: Ops) -> None:

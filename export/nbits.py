@@ -12,6 +12,7 @@ maximum, and decoding, which only reads weights, pays nothing for it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,11 +56,16 @@ class Store:
         return self.done[key]
 
 
-def quantize(model: ir.Model) -> None:
-    """Give every product with a stored weight, and every float32 table, its eight-bit form, in place."""
+def quantize(model: ir.Model, keep: Collection[str] = ()) -> None:
+    """Give every product with a stored weight, and every float32 table, its eight-bit form, in place.
+
+    Products whose result is named in `keep` stay as they are.
+    """
     graph = model.graph
     store = Store(Ops("blocks"))
     for number, node in enumerate(list(graph)):
+        if node.outputs[0].name in keep:
+            continue
         ops = Ops(f"bits{number}")
         if node.op_type == "Gather":
             table = _stored(node, 0)

@@ -21,6 +21,7 @@ from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
 
 from .client import Client
+from .experts_choice import Word, form_of
 from .images import ImageClient
 
 TASKS = ("feature-extraction", "text-generation", "fill-mask", "text-classification", "image-classification")
@@ -35,6 +36,8 @@ class Onnx(Exporter):
             the graph; `padded` one a row, otherwise the same; `packed-static` is for runtimes without dynamic shapes.
         precision: of products and tables; `int8` keeps a scale a token (int8.py).
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
+        experts: how a mixture's experts run: `branches` of standard operators, ONNX Runtime's own `operator`, the
+            `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (experts_choice.py).
         width: tokens in a row of `packed-static`.
         rows: rows in a call of `packed-static`.
     """
@@ -42,6 +45,7 @@ class Onnx(Exporter):
     inputs: Literal["padded", "packed", "packed-static"] = "packed"
     precision: Literal["float32", "int8"] = "float32"
     opset: int | None = Field(default=None, ge=23, le=24)
+    experts: Word = "auto"
     width: Literal[128, 256, 512] = 256
     rows: int = Field(default=4, ge=1, le=1024)
 
@@ -57,14 +61,14 @@ class Onnx(Exporter):
             return self._requires_images(layout)
         if layout.task == "text-classification" and layout.arch.causal:
             raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
-        if layout.arch.experts is not None:
-            raise RecipeError("export: onnx", f"a mixture of experts ({layout.arch.model_type})", "a dense model")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx: inputs",
                 f"{layout.arch.model_type}, which takes no position_ids",
                 "an architecture that does",
             )
+        if layout.arch.experts is not None:
+            form_of(self.experts, self.precision, layout, self.inputs == "packed-static")
         note = f"onnx: {self.precision}, {self.inputs} input"
         return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
 
@@ -94,7 +98,8 @@ class Onnx(Exporter):
         if checkpoint.layout.arch.inputs == "pixels":
             return images.write(checkpoint, directory, samples, opset)
         static = (self.rows, self.width) if self.inputs == "packed-static" else None
-        model, facts = build(checkpoint, self.inputs, opset, static)
+        word: Word = "auto" if self.precision == "int8" else self.experts
+        model, facts = build(checkpoint, self.inputs, opset, static, word)
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)
         readme.write(directory, facts)
@@ -103,7 +108,9 @@ class Onnx(Exporter):
         figures = parity.hold(checkpoint, client, samples)
         if self.precision == "int8":
             kept = int8.choose(model, client, parity.sample(client, samples))
-            int8.quantize(model, list(kept))
+            if "experts" in facts:
+                model, facts = build(checkpoint, self.inputs, opset, static, self.experts, "int8")
+            int8.quantize(model, [*kept, *facts.get("experts", {}).get("routers", ())])
             trace.save(model, directory)
             facts = {**facts, "precision": "int8", "kept_float32": kept, "parity_float32": figures}
             artifact.write_manifest(directory, facts)

@@ -33,6 +33,14 @@ class Ops:
         )
         return output
 
+    def split(self, x: ir.Value, count: int) -> list[ir.Value]:
+        """Equal parts along axis 0, in one node."""
+        name = f"{self.prefix}_{len(self.nodes)}_Split"
+        outputs = [ir.Value(name=f"{name}_{number}") for number in range(count)]
+        attributes = {"axis": 0, "num_outputs": count}
+        self.nodes.append(ir.node("Split", [x], attributes, outputs=outputs, name=f"{name}_node"))
+        return outputs
+
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """An initializer, one for each distinct value."""
         array = np.array(value, dtype)

@@ -11,6 +11,7 @@ SINCE = {
     "int8": (1, 24),
     "a window in a graph with a cache": (1, 24),
     "soft-capped attention": (1, 24),
+    "experts as ONNX Runtime's operator": (1, 31),
 }
 """What earlier versions cannot open, or answer wrongly."""
 

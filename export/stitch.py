@@ -8,7 +8,7 @@ from tersor.compress.evaluate.pooling import Pooling
 
 from . import runtime
 from .cells import Cells
-from .core import DOMAIN
+from .core import DOMAIN, attentions
 from .front import Clock, Front
 from .ops import Ops
 from .segments import Segments
@@ -49,7 +49,7 @@ def stitch(
             use.node.replace_input_with(use.idx, source if as_index else whole)
     ops.register(graph)
     graph.insert_before(graph[0], ops.nodes)
-    for number, node in enumerate([n for n in graph if n.domain == DOMAIN]):
+    for number, node in enumerate(attentions(graph)):
         fill(graph, node, front, Ops(f"attention{number}"), flat)
     _answer(graph, front, pooling, inputs, head)
     graph.inputs.clear()

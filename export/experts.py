@@ -1,0 +1,296 @@
+"""Routed experts as ONNX: a placeholder while tracing, then one of several forms of the same sum.
+
+transformers hands an expert module its tokens, the chosen experts and their weights, whatever the class
+(`ExpertsInterface`), so one placeholder `tersor::Experts(x, index, weights, gate_up, down)` stands for all of them and
+holds every expert, also those that the traced sample did not choose. It is filled in with
+
+    branches         tokens sorted by expert; each expert is an `If` over its slice, of standard operators: any runtime
+    branches-int8    the same with the eight-bit products of int8.py
+    branches-blocks  the same with those of nbits.py
+    moe, qmoe        com.microsoft.MoE; and QMoE, eight bits in blocks of 32
+    whole, whole-…   all experts as one FFN, masked by their weights: the work of a dense model
+
+    order = NonZero of who-chose-whom by expert        y = concatenated slices, weighted, put back, summed over slots
+
+transformers' own forms either do not trace (eager, grouped) or gather a copy of the weights for every token (batched:
+3.6 GB a layer at 512 tokens of a 768-wide model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from . import int8
+from .nbits import BLOCK, INTEGER, blocks
+from .ops import CONTRIB, Ops
+
+DOMAIN = "tersor"
+PLACEHOLDER = "Experts"
+ROUTED = "tersor_core"
+Form = Literal[
+    "branches", "branches-int8", "branches-blocks", "whole", "whole-int8", "whole-blocks", "moe", "qmoe"
+]
+NEVER = -1e30
+"""Logit of an expert that was not chosen."""
+
+
+def place(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """A placeholder node for tokens `[n, hidden]`, chosen experts and weights `[n, k]`, giving `[n, hidden]`."""
+    from tersor.compress.errors import RecipeError
+
+    if module.has_bias or not module.has_gate or module.is_transposed or not module.is_concatenated:
+        raise RecipeError("export", f"experts of {type(module).__name__}", "gate and up stacked, no biases")
+    attributes: dict[str, Any] = {"activation": str(module.config.hidden_act), "chosen": int(top_k_index.shape[1])}
+    inputs = [hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj]
+    found: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{PLACEHOLDER}",
+        inputs,
+        attributes,
+        dtype=hidden_states.dtype,
+        shape=tuple(hidden_states.shape),
+        version=1,
+    )
+    return found
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Have the experts of a transformers module leave placeholders; one without experts stays as it is."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    if any(hasattr(module, "is_transposed") and hasattr(module, "has_gate") for module in model.modules()):
+        ExpertsInterface.register(ROUTED, place)
+        model.set_experts_implementation(ROUTED)  # type: ignore[operator]
+
+
+def placeholders(graph: ir.Graph) -> list[ir.Node]:
+    """The graph's placeholders, in order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == PLACEHOLDER]
+
+
+def chosen(node: ir.Node) -> int:
+    """Experts that a token uses."""
+    return int(node.attributes["chosen"].value)
+
+
+def stored(value: ir.Value | None) -> np.ndarray:
+    """The weights of a placeholder's input."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def routers(graph: ir.Graph) -> list[str]:
+    """Names of the products that choose experts: rounding them would choose others."""
+    found, todo = [], [node.inputs[1] for node in placeholders(graph)]
+    while todo:
+        value = todo.pop()
+        node = None if value is None else value.producer()
+        if node is None:
+            continue
+        if node.op_type in ("MatMul", "Gemm"):
+            found.append(str(node.outputs[0].name))
+        elif node.op_type != "Shape":
+            todo += node.inputs
+    return sorted(set(found))
+
+
+def fill(graph: ir.Graph, form: Form) -> None:
+    """Put `form` in the place of every placeholder, in place."""
+    for number, node in enumerate(placeholders(graph)):
+        ops = Ops(f"experts{number}")
+        x, index, weights, gate_up, down = (value for value in node.inputs if value is not None)
+        reads, writes = stored(gate_up), stored(down)
+        act = str(node.attributes["activation"].value)
+        if form in ("moe", "qmoe"):
+            answer = operator(ops, x, index, weights, reads, writes, form, chosen(node))
+        else:
+            layout, _, how = form.partition("-")
+            halves = (np.split(rows, 2) for rows in reads)
+            made = [Expert(gate, up, own, act) for (gate, up), own in zip(halves, writes, strict=True)]
+            answer = LAYOUTS[layout](ops, x, index, weights, made, ARITHMETIC[how or "float32"])
+        ops.register(graph)
+        graph.insert_before(node, ops.nodes)
+        node.outputs[0].replace_all_uses_with(answer, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        for value in (gate_up, down):
+            if not value.uses():
+                graph.initializers.pop(str(value.name), None)
+        if form not in ("branches", "whole"):
+            graph.opset_imports[CONTRIB] = 1
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's weights: gate and up `[ffn, hidden]`, down `[hidden, ffn]`, float32, and the activation."""
+
+    gate: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+    act: str
+
+
+class Arithmetic:
+    """How an expert's products are computed: float32. `outer` keeps weights, `ops` takes nodes."""
+
+    def read(self, ops: Ops, x: ir.Value, width: int) -> list[ir.Value]:
+        """What stands for the tokens `[n, width]`, line by line; made once for all experts."""
+        return [x]
+
+    def product(self, outer: Ops, ops: Ops, lines: list[ir.Value], weight: np.ndarray) -> ir.Value:
+        """Lines by a weight `[out, in]`."""
+        return ops("MatMul", lines[0], outer.constant_array(weight.T))
+
+    def ffn(self, outer: Ops, ops: Ops, lines: list[ir.Value], expert: Expert) -> ir.Value:
+        """The expert's answer."""
+        gate, up = (self.product(outer, ops, lines, weight) for weight in (expert.gate, expert.up))
+        inner = ops("Mul", activated(ops, gate, expert.act), up)
+        return self.product(outer, ops, self.read(ops, inner, expert.down.shape[1]), expert.down)
+
+
+class Lines(Arithmetic):
+    """Eight bits, a scale for every token and every output (int8.py)."""
+
+    def read(self, ops: Ops, x: ir.Value, width: int) -> list[ir.Value]:
+        """Eight-bit lines and their scales."""
+        return list(int8.quantized_lines(ops, x))
+
+    def product(self, outer: Ops, ops: Ops, lines: list[ir.Value], weight: np.ndarray) -> ir.Value:
+        """See `Arithmetic`."""
+        return int8.multiplied(outer, ops, lines[0], lines[1], weight.T)
+
+
+class Blocks(Arithmetic):
+    """Eight bits, a scale for every 32 inputs of an output (nbits.py)."""
+
+    def product(self, outer: Ops, ops: Ops, lines: list[ir.Value], weight: np.ndarray) -> ir.Value:
+        """See `Arithmetic`."""
+        small, scale = blocks(np.ascontiguousarray(weight))
+        options = {"K": weight.shape[1], "N": len(weight), "bits": 8, "block_size": BLOCK, "accuracy_level": INTEGER}
+        arrays = outer.constant_array(small), outer.constant_array(scale)
+        return ops("MatMulNBits", lines[0], *arrays, domain=CONTRIB, **options)
+
+
+ARITHMETIC = {"float32": Arithmetic(), "int8": Lines(), "blocks": Blocks()}
+
+
+def branches(
+    ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Sequence[Expert], how: Arithmetic
+) -> ir.Value:
+    """Every expert on the tokens that chose it, in an `If` that is passed over where there are none."""
+    width = len(experts[0].down)
+    slots, flat = ops.size(index, 1), ops.reshape(index, -1)
+    chose = ops("Equal", ops.constant(np.arange(len(experts))[:, None]), ops.unsqueeze(flat, 0))
+    order = ops("Gather", ops("NonZero", chose), ops.constant(1))
+    token = ops("Div", order, slots)
+    read = [ops("Gather", part, token) for part in how.read(ops, x, experts[0].gate.shape[1])]
+    numbers = ops("ReduceSum", ops("Cast", chose, to=ir.DataType.INT64), ops.constant([1]), keepdims=0)
+    ends = ops.split(ops("CumSum", numbers, ops.constant(0)), len(experts))
+    some = ops.split(ops("Greater", numbers, ops.constant(0)), len(experts))
+    parts = []
+    for number, expert in enumerate(experts):
+        first, last = ends[number - 1] if number else ops.constant([0]), ends[number]
+        body, none = Ops(f"{ops.prefix}_{number}"), Ops(f"{ops.prefix}_{number}_none")
+        own = [body("Slice", part, first, last, body.constant([0])) for part in read]
+        answers = how.ffn(ops, body, own, expert), none("Identity", none.constant(np.zeros((0, width)), np.float32))
+        then, other = (_graph(ops, made, answer) for made, answer in zip((body, none), answers, strict=True))
+        parts.append(ops("If", some[number], then_branch=then, else_branch=other))
+    joined = ops("Concat", *parts, axis=0)
+    weighted = ops("Mul", joined, ops.unsqueeze(ops("Gather", ops.reshape(weights, -1), order), 1))
+    back = ops("ScatterElements", flat, order, ops.range(ops.size(order)))
+    shape = ops("Concat", ops.constant([-1]), slots, ops.constant([width]), axis=0)
+    return ops("ReduceSum", ops("Reshape", ops("Gather", weighted, back), shape), ops.constant([1]), keepdims=0)
+
+
+def _graph(outer: Ops, made: Ops, answer: ir.Value) -> ir.Graph:
+    """A branch of what `made` has collected; its constants lie outside, where all branches see them."""
+    for number, value in enumerate(made.constants.values()):
+        value.name = f"{made.prefix}_constant_{number}"
+        outer.constants[value.name] = value
+    return ir.Graph([], [answer], nodes=made.nodes, name=f"{made.prefix}_graph")
+
+
+def whole(
+    ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Sequence[Expert], how: Arithmetic
+) -> ir.Value:
+    """All experts as one FFN on every token, masked by their weights: the work of a dense model."""
+    count, part = len(experts), len(experts[0].gate)
+    rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
+    zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
+    mask = ops.unsqueeze(ops("ScatterElements", zeros, index, weights, axis=1), 2)
+    gate, up, down = (
+        np.concatenate(stack, axis)
+        for stack, axis in zip(zip(*((e.gate, e.up, e.down) for e in experts), strict=True), (0, 0, 1), strict=True)
+    )
+    read = how.read(ops, x, gate.shape[1])
+    opened = activated(ops, how.product(ops, ops, read, gate), experts[0].act)
+    inner = ops("Mul", opened, how.product(ops, ops, read, up))
+    masked = ops.reshape(ops("Mul", ops.reshape(inner, -1, count, part), mask), -1, count * part)
+    return how.product(ops, ops, how.read(ops, masked, count * part), down)
+
+
+def activated(ops: Ops, x: ir.Value, act: str) -> ir.Value:
+    """An activation by transformers' name."""
+    from tersor.compress.errors import RecipeError
+
+    if act in ("silu", "swish"):
+        return ops("Mul", x, ops("Sigmoid", x))
+    if act in ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
+        return ops("Gelu", x, approximate="none" if act == "gelu" else "tanh")
+    if act == "relu":
+        return ops("Relu", x)
+    raise RecipeError("export", f"experts with {act}", "silu, gelu or relu")
+
+
+LAYOUTS = {"branches": branches, "whole": whole}
+
+
+def operator(
+    ops: Ops,
+    x: ir.Value,
+    index: ir.Value,
+    weights: ir.Value,
+    gate_up: np.ndarray,
+    down: np.ndarray,
+    form: Form,
+    chosen: int,
+) -> ir.Value:
+    """ONNX Runtime's own. MoE weights by a softmax over the chosen logits: it gets logarithms, and their sum after."""
+    count, width = gate_up.shape[:2]
+    rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
+    woven = gate_up.reshape(count, 2, width // 2, -1).swapaxes(1, 2).reshape(count, width, -1)  # gate 0, up 0, gate 1 …
+    options: dict[str, Any] = {
+        "k": chosen,
+        "activation_type": "swiglu",
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "swiglu_fusion": 1,
+    }
+    if form == "moe":
+        never = ops("ConstantOfShape", rows, value=ir.tensor(np.array([NEVER], np.float32)))
+        logits = ops("ScatterElements", never, index, ops("Log", weights), axis=1)
+        stacks = ops.constant_array(woven), None, ops.constant_array(down)
+        options["normalize_routing_weights"] = 1
+        answer = ops("MoE", x, logits, *stacks, domain=CONTRIB, **options)
+        return ops("Mul", answer, ops("ReduceSum", weights, ops.constant([1]), keepdims=1))
+    zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
+    spread = ops("ScatterElements", zeros, index, weights, axis=1)
+    fill_up = -(width // 2) % BLOCK
+    stacks8: list[ir.Value | None] = []
+    for stack in (np.pad(woven, ((0, 0), (0, 2 * fill_up), (0, 0))), np.pad(down, ((0, 0), (0, 0), (0, fill_up)))):
+        small, scale = blocks(stack.reshape(-1, stack.shape[2]))
+        stacks8 += [
+            ops.constant_array(small.reshape(*stack.shape)),
+            ops.constant_array(scale.reshape(*stack.shape[:2], -1)),
+            None,
+        ]
+    options |= {"expert_weight_bits": 8, "block_size": BLOCK, "normalize_routing_weights": 0}
+    unused = [None] * 6
+    return ops("QMoE", x, spread, *stacks8, *unused, spread, domain=CONTRIB, **options)

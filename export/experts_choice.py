@@ -1,0 +1,129 @@
+"""Which form a mixture's experts take (experts.py): by a rule, or by a clock.
+
+The rule is the outcome of benchmarks/moe.py: branches are at no size slower than a dense FFN and are the fastest in
+float32; the int8 of an encoder or scorer keeps its own arithmetic in them; a decoder with eight-bit blocks takes QMoE,
+which reads one token's weights fastest, where its kernel takes the widths. Fixed shapes leave `whole` alone.
+
+`measure` times every form on the first block's own weights at `TOKENS`, interleaved, and takes the one with the best
+mean ratio among those that are never slower than `whole`, which does the work of the dense FFN; `whole` if there is
+none. What a clock decides may differ from run to run, so it is asked for and not the default.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from tersor.compress.errors import RecipeError
+from tersor.compress.layout import Layout
+
+from . import experts, runtime
+from .nbits import BLOCK
+from .ops import CONTRIB
+
+Word = Literal["auto", "branches", "operator", "whole", "measure"]
+Precision = Literal["float32", "int8", "blocks"]
+TOKENS = (1, 8, 128, 512)
+REPEATS = {1: 40, 8: 30, 128: 9, 512: 5}
+OPERATOR = "experts as ONNX Runtime's operator"
+EVEN = 0.97
+"""A ratio to `whole` that passes for equal on a busy machine."""
+SUFFIX = {"float32": "", "int8": "-int8", "blocks": "-blocks"}
+
+
+def form_of(word: Word, precision: Precision, layout: Layout, static: bool = False) -> experts.Form:
+    """The form that the rule gives; for `measure` the one to begin with.
+
+    Raises:
+        RecipeError: fixed shapes or an activation that the form cannot have.
+    """
+    if static:
+        if word not in ("auto", "whole"):
+            raise RecipeError("export: experts", f"{word} with inputs packed-static", "auto or whole")
+        word = "whole"
+    fits = fits_operator(layout, precision)
+    if word == "operator":
+        runtime.require(OPERATOR, "export: experts")
+    if word == "operator" and not fits:
+        raise RecipeError("export: experts", "operator, whose kernel needs silu and widths of 32", "branches")
+    if word == "operator" or (word == "auto" and precision == "blocks" and fits and runtime.knows(OPERATOR)):
+        return "moe" if precision == "float32" else "qmoe"
+    found: experts.Form = f"{'whole' if word == 'whole' else 'branches'}{SUFFIX[precision]}"  # type: ignore[assignment]
+    return found
+
+
+def fits_operator(layout: Layout, precision: Precision) -> bool:
+    """Whether ONNX Runtime's operators take the model's experts."""
+    silu = getattr(layout.config, layout.arch.activation) in ("silu", "swish")
+    return silu and (precision == "float32" or layout.families["hidden"] % BLOCK == 0)
+
+
+def candidates(precision: Precision, layout: Layout) -> list[experts.Form]:
+    """Forms that `measure` compares, `whole` first."""
+    operator = fits_operator(layout, precision) and runtime.knows(OPERATOR)
+    words: list[Word] = ["whole", "branches", *(["operator"] if operator else [])]  # type: ignore[list-item]
+    found = [form_of(word, precision, layout) for word in words]
+    return [*found, "branches-blocks"] if precision == "int8" else found
+
+
+def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Form, dict[str, dict[str, float]]]:
+    """The best form for the graph's first placeholder, and the speeds of all as multiples of `forms[0]`'s, by tokens."""
+    import onnxruntime
+
+    node = experts.placeholders(graph)[0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    sessions = [
+        onnxruntime.InferenceSession(ir.to_proto(alone(node, form)).SerializeToString(), options) for form in forms
+    ]
+    ratios: dict[str, dict[str, float]] = {form: {} for form in forms}
+    for count in TOKENS:
+        feed = drawn(node, count)
+        times: list[list[float]] = [[] for _ in forms]
+        for number in range(REPEATS[count] + 1):
+            for seconds, session in zip(times, sessions, strict=True):
+                began = time.perf_counter()
+                session.run(None, feed)
+                if number:  # the first call warms up
+                    seconds.append(time.perf_counter() - began)
+        for form, seconds in zip(forms, times, strict=True):
+            ratios[form][str(count)] = statistics.median(a / b for a, b in zip(times[0], seconds, strict=True))
+    fair = [form for form in forms if min(ratios[form].values()) >= EVEN]
+    return max(fair, key=lambda form: math.prod(ratios[form].values())), ratios
+
+
+def alone(node: ir.Node, form: experts.Form) -> ir.Model:
+    """A model of one placeholder: `x`, `index`, `weights` in, `y` out."""
+    weights = [experts.stored(value) for value in node.inputs[3:5]]
+    width, count = weights[0].shape[2], experts.chosen(node)
+    inputs = [
+        _value("x", ir.DataType.FLOAT, width),
+        _value("index", ir.DataType.INT64, count),
+        _value("weights", ir.DataType.FLOAT, count),
+    ]
+    stacks = [ir.Value(name=f"stack_{n}", const_value=ir.tensor(w, name=f"stack_{n}")) for n, w in enumerate(weights)]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    copy = ir.node(node.op_type, [*inputs, *stacks], attributes, domain=node.domain)
+    graph = ir.Graph(inputs, list(copy.outputs), nodes=[copy], initializers=stacks, opset_imports={"": 23, CONTRIB: 1})
+    experts.fill(graph, form)
+    answer = graph.outputs[0]
+    answer.name, answer.type, answer.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["tokens", width])
+    return ir.Model(graph, ir_version=10)
+
+
+def _value(name: str, kind: ir.DataType, width: int) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(["tokens", width]), type=ir.TensorType(kind))
+
+
+def drawn(node: ir.Node, tokens: int) -> dict[str, np.ndarray]:
+    """Random tokens, each with experts of its own."""
+    count, _, width = experts.stored(node.inputs[3]).shape
+    draw = np.random.default_rng(0)
+    index = np.argsort(draw.random((tokens, count)), axis=1)[:, : experts.chosen(node)].astype(np.int64)
+    weights = np.full(index.shape, 1 / index.shape[1], np.float32)
+    return {"x": draw.standard_normal((tokens, width), np.float32), "index": index, "weights": weights}

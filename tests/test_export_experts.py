@@ -1,0 +1,191 @@
+"""Mixtures of experts as ONNX: stock classes through the exporters, every form the same sum, every expert present."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from tersor.compress.errors import RecipeError
+from tersor.export import experts, experts_choice, runtime
+from tersor.export.decoder import OnnxDecoder
+from tersor.export.onnx import Onnx
+from tersor.export.ops import CONTRIB
+
+CLASSES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoeshared")
+QUICK = {"qwen2_moe"}
+each_class = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CLASSES]
+)
+EXPERTS, CHOSEN, HIDDEN, FFN = 6, 2, 64, 40
+needs_operator = pytest.mark.skipif(not runtime.knows(experts_choice.OPERATOR), reason="an older ONNX Runtime")
+
+
+def samples(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 100, 20) for _ in range(8)]
+
+
+# --- one block ----------------------------------------------------------------------------------------------------
+
+
+def placeholder(act: str = "silu") -> ir.Node:
+    """A node with random experts."""
+    draw = np.random.default_rng(1)
+    shapes = {"gate_up": (EXPERTS, 2 * FFN, HIDDEN), "down": (EXPERTS, HIDDEN, FFN)}
+    stacks = [
+        ir.Value(name=n, const_value=ir.tensor((draw.standard_normal(s) / s[2] ** 0.5).astype(np.float32)))
+        for n, s in shapes.items()
+    ]
+    inputs = [ir.Value(name=name) for name in ("x", "index", "weights")]
+    return ir.node("Experts", [*inputs, *stacks], {"activation": act, "chosen": CHOSEN}, domain=experts.DOMAIN)
+
+
+def expected(node: ir.Node, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """The sum by its definition, float64."""
+    gate_up, down = (experts.stored(value).astype(np.float64) for value in node.inputs[3:])
+    answer = np.zeros(feed["x"].shape)
+    for token, x in enumerate(feed["x"].astype(np.float64)):
+        for expert, weight in zip(feed["index"][token], feed["weights"][token], strict=True):
+            gate, up = np.split(gate_up[expert] @ x, 2)
+            answer[token] += weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
+    return answer
+
+
+def run(node: ir.Node, form: experts.Form, feed: dict[str, np.ndarray]) -> np.ndarray:
+    model = ir.to_proto(experts_choice.alone(node, form)).SerializeToString()
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+FORMS = [("branches", 1e-5), ("whole", 1e-5), ("branches-int8", 0.06), ("branches-blocks", 0.04), ("whole-int8", 0.06)]
+OPERATORS = [pytest.param(form, limit, marks=needs_operator) for form, limit in (("moe", 1e-5), ("qmoe", 0.04))]
+
+
+@pytest.mark.parametrize(("form", "limit"), [*FORMS, *OPERATORS])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_every_form_is_the_sum(form, limit, tokens):
+    node = placeholder()
+    feed = experts_choice.drawn(node, tokens)
+    feed["weights"] = np.random.default_rng(2).random(feed["weights"].shape, np.float32) + 0.1
+    wanted = expected(node, feed)
+    assert relative(run(node, form, feed), wanted) < limit
+    moved = {**feed, "index": (feed["index"] + 1) % EXPERTS}
+    assert relative(run(node, form, moved), wanted) > 0.1
+
+
+@pytest.mark.parametrize("form", ["branches", "branches-int8"])
+def test_one_expert_may_take_all_tokens_and_the_others_none(form):
+    node = placeholder()
+    feed = experts_choice.drawn(node, 9)
+    feed["index"][:] = [3, 5]
+    assert relative(run(node, form, feed), expected(node, feed)) < 0.06
+
+
+def test_an_eight_bit_answer_depends_on_its_token_alone():
+    node, alone = placeholder(), experts_choice.drawn(placeholder(), 1)
+    feed = {name: np.repeat(value, 5, axis=0) for name, value in alone.items()}
+    feed["x"][1:] *= 100
+    assert np.array_equal(run(node, "branches-int8", feed)[0], run(node, "branches-int8", alone)[0])
+
+
+def test_branches_are_standard_operators():
+    graph = experts_choice.alone(placeholder(), "branches").graph
+    assert {node.domain for node in ir.traversal.RecursiveGraphIterator(graph)} == {""}
+    eight = experts_choice.alone(placeholder(), "branches-int8").graph
+    assert CONTRIB in {node.domain for node in ir.traversal.RecursiveGraphIterator(eight)}
+
+
+def test_an_activation_that_no_form_has_is_refused():
+    with pytest.raises(RecipeError, match="experts with tanh"):
+        experts_choice.alone(placeholder("tanh"), "branches")
+
+
+def test_the_clock_takes_what_is_never_slower(monkeypatch):
+    node = placeholder()
+    graph = ir.Graph([], [], nodes=[node])
+    monkeypatch.setattr(experts_choice, "REPEATS", dict.fromkeys(experts_choice.TOKENS, 1))
+    form, ratios = experts_choice.measured(graph, ["whole", "branches"])
+    assert ratios["whole"] == dict.fromkeys(map(str, experts_choice.TOKENS), 1.0)
+    slower = min(ratios["branches"].values()) < experts_choice.EVEN
+    assert form == "whole" if slower else form in ratios
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@each_class
+def test_a_stock_class_exports_with_packed_input(name, tiny, tmp_path):
+    facts = Onnx().write(tiny(name, "text-generation"), tmp_path, samples())
+    assert facts["packing"] == "packed"
+    assert facts["experts"]["form"] == "branches"
+    assert len(facts["experts"]["routers"]) == facts["experts"]["layers"] == 2
+    assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
+
+
+@each_class
+def test_a_stock_class_exports_in_eight_bits(name, tiny, tmp_path):
+    facts = Onnx(precision="int8").write(tiny(name, "text-generation", hidden_size=64), tmp_path, samples())
+    assert facts["experts"]["form"] == "branches-int8"
+    assert facts["parity"]["logits"]["packed_against_alone"] == 0
+    model = ir.load(tmp_path / "model.onnx")
+    products = {n.outputs[0].name: n.op_type for n in model.graph}
+    assert {products[router] for router in facts["experts"]["routers"]} <= {"MatMul", "Gemm"}
+
+
+@each_class
+def test_a_stock_class_decodes(name, tiny, tmp_path):
+    facts = OnnxDecoder().write(tiny(name, "text-generation"), tmp_path, samples())
+    assert facts["experts"]["form"] == "branches"
+
+
+@pytest.mark.slow
+def test_fixed_shapes_take_the_whole(tiny, tmp_path):
+    facts = Onnx(inputs="packed-static").write(tiny("qwen2_moe", "text-generation"), tmp_path, samples())
+    assert facts["experts"]["form"] == "whole"
+
+
+def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
+    """Every token of the traced sample chooses experts 0 and 1; others are asked for afterwards."""
+    checkpoint = tiny("mixtral", "text-generation")
+    embedding = checkpoint.tensors["model.embed_tokens.weight"].clone()
+    embedding[:50, 0], embedding[50:, 0] = 6.0, -6.0  # ids of the traced sample lie under 50
+    checkpoint.tensors["model.embed_tokens.weight"] = embedding
+    for name in list(checkpoint.tensors):
+        if name.endswith("mlp.gate.weight"):
+            router = 0.01 * checkpoint.tensors[name]
+            router[:2, 0], router[2:, 0] = 5.0, -5.0
+            checkpoint.tensors[name] = router
+        if name.endswith(("post_attention_layernorm.weight", "input_layernorm.weight")):
+            checkpoint.tensors[name] = checkpoint.tensors[name].abs() + 0.1
+    model = checkpoint.model()
+    hit: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "weight"):
+            module.register_forward_hook(lambda _m, _a, out: hit.update(out[2].unique().tolist()))
+    import torch
+
+    with torch.no_grad():
+        model(torch.arange(7)[None])
+        assert hit == {0, 1}
+        model(torch.arange(60, 70)[None])
+        assert hit == {0, 1, 2, 3}
+    facts = Onnx().write(checkpoint, tmp_path, [np.arange(60, 80)] * 2)
+    assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"inputs": "packed-static", "experts": "branches"}, "branches with inputs packed-static"),
+        ({"precision": "int8", "experts": "operator"}, "operator, whose kernel needs silu and widths of 32"),
+    ],
+)
+def test_forms_that_cannot_be_are_refused(tiny, options, said):
+    if "operator" in options.values() and not runtime.knows(experts_choice.OPERATOR):
+        pytest.skip("an older ONNX Runtime")
+    with pytest.raises(RecipeError, match=said):
+        Onnx(**options).requires(tiny("qwen2_moe", "text-generation").layout)

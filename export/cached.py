@@ -51,7 +51,13 @@ def names(depth: int, before: bool) -> list[str]:
 def cached(
     checkpoint: Checkpoint, opset: int, word: Word = "auto", precision: Precision = "float32"
 ) -> tuple[ir.Model, dict[str, Any]]:
-    """The graph, without metadata, and what artifact.json says of a mixture's experts; `word` and `precision` are theirs.
+    """The graph, without metadata, and what artifact.json says of a mixture's experts.
+
+    Args:
+        checkpoint: not changed.
+        opset: of the default domain.
+        word: how experts run.
+        precision: of experts.
 
     Raises:
         RecipeError: a block computes its attention where it cannot be seen, or in a form without a cached operator.

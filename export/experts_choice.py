@@ -72,7 +72,7 @@ def candidates(precision: Precision, layout: Layout) -> list[experts.Form]:
 
 
 def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Form, dict[str, dict[str, float]]]:
-    """The best form for the graph's first placeholder, and the speeds of all as multiples of `forms[0]`'s, by tokens."""
+    """The best form for the graph's first placeholder, and all speeds as multiples of `forms[0]`'s, by tokens."""
     import onnxruntime
 
     node = experts.placeholders(graph)[0]

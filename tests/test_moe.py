@@ -359,3 +359,21 @@ def test_the_recipe_runs(tmp_path):
     assert json.loads((tmp_path / "run/model/config.json").read_text("utf-8"))["model_type"] == "qwen2_moe"
     assert "loss by k" in (tmp_path / "run/report.html").read_text("utf-8")
     assert outcome.metrics["checkpoint"]["perplexity"] > outcome.metrics["original"]["perplexity"]
+
+
+def test_distillation_helps_and_no_steps_change_nothing(dense):
+    def made(**options) -> tuple[float, Checkpoint]:
+        checkpoint = planted(dense("llama", intermediate_size=128), 8)
+        wanted = output(checkpoint)
+        converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
+        return loss(checkpoint, wanted), checkpoint
+
+    (plain, one), (zero, other) = made(), made(distill_steps=0)
+    assert zero == plain
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    assert made(distill_steps=150)[0] < 0.99 * plain
+
+
+def test_distillation_without_a_refit_is_refused(dense):
+    with pytest.raises(RecipeError, match="distill_steps"):
+        Moe(4, 2, refit=False, distill_steps=10).requires(dense("llama").layout)

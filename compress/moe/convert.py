@@ -13,7 +13,7 @@ also mends what the blocks in front of it did. Sums in float64 (calibration/lsts
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from ..calibration.lstsq import Regression
 from ..layout import Layout
 from . import router as routers
 from .activations import Ffn, Side, Tokens
+from .block import Block
 from .cut import Cut
+from .distill import distilled
 from .partition import PARTITIONS
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -40,6 +42,7 @@ class Method:
         router: a name of `routers.SCORES`; only those of `routers.LINEAR` can be stored.
         refit: whether the down projections are solved again under the routing.
         ridge: λ of the refit as a share of the mean diagonal.
+        steps: of layer-local distillation before the refit (distill.py).
         weights: how the stock class weights what is chosen; None for exactly one (a comparison, never stored).
         dtype: in which the router will be stored.
     """
@@ -48,34 +51,9 @@ class Method:
     router: str = "linear"
     refit: bool = True
     ridge: float = 1e-3
+    steps: int = 0
     weights: routers.Weights | None = None
     dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Block:
-    """A converted block.
-
-    Attributes:
-        ffn: units in the order of the partition, down projection refitted.
-        gate: (x, h) → what each routed part is multiplied by, `[n, routed]`, 0 where it is not chosen.
-        cut: how it is cut.
-        router: float64 `[routed, hidden]`, scaled as it is stored; None where the gate is none that can be stored.
-        details: what was measured on the calibration tokens.
-    """
-
-    ffn: Ffn
-    gate: routers.Score
-    cut: Cut
-    router: torch.Tensor | None
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def masked(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """What the down projection reads: h ∘ g(x), float32 `[n, ffn]`."""
-        start = self.cut.shared * self.cut.part
-        gates = self.gate(x, h)
-        routed = h[:, start:].unflatten(1, (self.cut.routed, self.cut.part)) * gates[:, :, None]
-        return torch.cat([h[:, :start], routed.flatten(1)], dim=1)
 
 
 def convert(
@@ -122,6 +100,9 @@ def _block(
     tokens = Tokens(partitioned(ffn, order), before, data)
     block = routed(tokens, cut, method, seed)
     if small is not side:
+        if method.steps:
+            block = distilled(block, tokens, side.streams, method.steps, seed + number)
+            tokens = Tokens(block.ffn, before, data)
         block = refitted(block, tokens, side.streams, method.ridge)
         small.streams = [
             added(stream, batch, ffn.scale * (block.masked(x, h) @ block.ffn.down.T))

@@ -25,7 +25,7 @@ from torch.nn import functional
 from ..errors import RecipeError
 from ..layout import Layout, model_class
 from .activations import gated_branch
-from .convert import Block
+from .block import Block
 from .cut import Cut
 from .router import constant
 

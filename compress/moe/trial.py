@@ -19,7 +19,8 @@ from ..calibration.batches import Batch
 from ..calibration.loss import judge
 from ..layout import Layout
 from .activations import Side, Tokens
-from .convert import Block, Method, Track, added, convert
+from .block import Block
+from .convert import Method, Track, added, convert
 from .cut import Cut
 
 

@@ -27,7 +27,8 @@ from ..checkpoint import Check, Checkpoint
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..moe.activations import HELD, Side, gated_branch
-from ..moe.convert import Block, Method, convert
+from ..moe.block import Block
+from ..moe.convert import Method, convert
 from ..moe.cut import Cut
 from ..moe.router import KEPT
 from ..moe.targets import TARGETS, Target, ffn_names, find_target, restated, stored
@@ -55,6 +56,8 @@ class Moe(Pass):
         router: how parts are chosen; `centre` (the mean direction of a part's gate rows) is there to be compared with.
         refit: solve the down projections again under the routing.
         ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
+        distill_steps: of training a block's experts to add what the dense model has behind them, before the refit;
+            a few hundred take seconds a block.
         compare: leave a tenth of the calibration data out of the fits and measure on it what each number of experts
             costs, what the best conceivable router would, and what pruning to the same number of units would. Takes
             two more conversions.
@@ -70,12 +73,15 @@ class Moe(Pass):
     router: Literal["linear", "centre"] = "linear"
     refit: bool = True
     ridge: Annotated[float, Field(gt=0)] = 1e-3
+    distill_steps: Annotated[int, Field(ge=0)] = 0
     compare: bool = True
 
     def requires(self, layout: Layout) -> Forecast:
         """Find the class that can hold the result, and predict shapes and memory."""
         cut, word = self._cut(layout)
         after = restated(layout, cut, TARGETS[word])
+        if self.distill_steps and not self.refit:
+            raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
         units = self.active * cut.part
         notes = [
             f"{TARGETS[word].model_type}: {cut.routed} experts of {cut.padded} units, {cut.chosen} chosen by token"
@@ -98,7 +104,9 @@ class Moe(Pass):
         fitted, judged = self._divided(context, layout)
         assert after.arch.experts is not None
         method = Method(
-            self.partition, self.router, self.refit, self.ridge, after.arch.experts.weights, checkpoint.dtype
+            *(self.partition, self.router, self.refit, self.ridge, self.distill_steps),
+            after.arch.experts.weights,
+            checkpoint.dtype,
         )
         tensors = {name: t for name, t in checkpoint.tensors.items() if name not in ffn_names(layout)}
         model = checkpoint.model()

@@ -1,0 +1,192 @@
+"""Dense to mixture of experts: what a token's quality costs at a share of the FFN, and what the share buys in time.
+
+    python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3]
+    python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
+
+Quality: the text in windows of 256 tokens; of the first 60 %, 128 (drawn anew for each seed) calibrate, of the rest
+96 are scored, in float32. `excess` is the loss in nats a token above the dense model's. Every method sees the same
+tokens and works on the same number of FFN units. The published methods are run in their training-free form; what no
+stock class holds is simulated (compress/moe/trial.py), ours is read back from the saved stock class.
+
+    energy          the units of largest mean square for every token (no router)
+    OBS + fit       units by backward elimination, down projection refitted: what `slice` does to an FFN (no router)
+    LLaMA-MoE       random parts, linear router
+    MoEfication     k-means of the gate's rows, a trained MLP as router
+    CMoE            parts by activation rate, half of them shared, analytic router
+    ours            co-activation, half shared, linear router; then with the refit; then with 1000 steps before it
+    oracle          ours with the refit and a router that knows the importances
+
+Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from tersor.compress.calibration.batches import batches
+from tersor.compress.calibration.loss import judge
+from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.moe.activations import Side
+from tersor.compress.moe.convert import Method, convert
+from tersor.compress.moe.cut import Cut
+from tersor.compress.moe.trial import Trial
+from tersor.compress.pass_ import Context
+from tersor.compress.passes.moe import Moe
+from tersor.export import experts, experts_choice
+from tersor.export.ops import CONTRIB, Ops
+
+METHODS = {  # name → (method, share of the active parts that is shared)
+    "energy": (Method("energy", refit=False), 1.0),
+    "OBS + fit": (Method("surgeon"), 1.0),
+    "LLaMA-MoE": (Method("random", "linear", refit=False), 0.0),
+    "MoEfication": (Method("kmeans", "mlp", refit=False), 0.0),
+    "CMoE": (Method("activation-rate", "analytic", refit=False), 0.5),
+    "oracle": (Method(router="oracle"), 0.5),
+}
+OURS = {
+    "ours, no refit": {"refit": False},
+    "ours": {},
+    "ours + distillation": {"distill_steps": 1000},
+}
+
+
+def windows(checkpoint: Checkpoint, text: Path, seed: int, length: int = 256) -> tuple[list, list]:
+    """Calibration windows drawn by the seed, and held-out ones."""
+    assert checkpoint.tokenizer is not None
+    ids = checkpoint.tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = np.array(ids[: len(ids) // length * length]).reshape(-1, length)
+    edge = int(len(rows) * 0.6)
+    drawn = np.random.default_rng(seed).permutation(edge)[:128]
+    return [rows[i] for i in sorted(drawn)], list(rows[edge:][:96])
+
+
+def quality(directory: Path, text: Path, parts: int, shares: Sequence[float], seeds: int) -> None:
+    found: dict[tuple[float, str], list[float]] = {}
+    for seed in range(seeds):
+        checkpoint = Checkpoint.load(directory)
+        layout, model = checkpoint.layout, checkpoint.model()
+        calibration, heldout = windows(checkpoint, text, seed)
+        data, judged = batches(calibration, layout), batches(heldout, layout)
+        dense = judge(model, model, layout, judged)
+        for share in shares:
+            active = round(parts * share)
+            for name, (method, common) in METHODS.items():
+                cut = Cut(layout.families["ffn"], parts, active, int(active * common))
+                with torch.no_grad():
+                    side = Side.at_start(model, layout, data)
+                blocks = convert(side, layout, cut, method, data, seed, lambda items, _: items)
+                found.setdefault((share, name), []).append(Trial(model, layout, judged).follow(blocks) - dense)
+            for name, given in OURS.items():
+                options = Moe(experts=parts, active=active, compare=False, **given)
+                made = Checkpoint(layout, dict(checkpoint.tensors))
+                options.apply(made, Context(calibration, seed=seed))
+                with tempfile.TemporaryDirectory() as beside:
+                    made.save(Path(beside))
+                    again = Checkpoint.load(Path(beside))
+                found.setdefault((share, name), []).append(judge(again.model(), None, again.layout, judged) - dense)
+            print_row(share, {n: v for (s, n), v in found.items() if s == share}, dense)
+
+
+def print_row(share: float, rows: dict[str, list[float]], dense: float) -> None:
+    """One share: excess of all methods, mean and range over the seeds so far."""
+    published = min(statistics.mean(rows[n]) for n in ("energy", "LLaMA-MoE", "MoEfication", "CMoE"))
+    print(f"\n{share:.0%} active, dense loss {dense:.4f}, {len(rows['ours'])} seeds\n")
+    print("| method | excess, nats a token | range | against the best published |\n| --- | ---: | ---: | ---: |")
+    for name, values in rows.items():
+        mean = statistics.mean(values)
+        print(f"| {name} | {mean:.3f} | {min(values):.3f} … {max(values):.3f} | {mean / published:.2f} × |", flush=True)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def dense_ffn(gate_up: np.ndarray, down: np.ndarray, how: experts.Arithmetic) -> ir.Model:
+    """The FFN that the experts were cut from."""
+    _, both, width = gate_up.shape
+    x = ir.Value(name="x", shape=ir.Shape(["tokens", width]), type=ir.TensorType(ir.DataType.FLOAT))
+    gate, up = (gate_up[:, rows].reshape(-1, width) for rows in (slice(0, both // 2), slice(both // 2, both)))
+    ops = Ops("dense")
+    whole = experts.Expert(gate, up, down.swapaxes(0, 1).reshape(width, -1), "silu")
+    answer = how.ffn(ops, ops, how.read(ops, x), whole)
+    answer.type, answer.shape = x.type, x.shape
+    graph = ir.Graph([x], [answer], nodes=[], opset_imports={"": 23, CONTRIB: 1})
+    ops.register(graph)
+    graph.extend(ops.nodes)
+    return ir.Model(graph, ir_version=10)
+
+
+def routed_node(width: int, ffn: int, parts: int, active: int) -> ir.Node:
+    draw = np.random.default_rng(0)
+    shapes = {"gate_up": (parts, 2 * ffn // parts, width), "down": (parts, width, ffn // parts)}
+    stacks = [
+        ir.Value(name=n, const_value=ir.tensor((draw.standard_normal(s) / s[2] ** 0.5).astype(np.float32)))
+        for n, s in shapes.items()
+    ]
+    inputs = [ir.Value(name=name) for name in ("x", "index", "weights")]
+    attributes = {"activation": "silu", "chosen": active}
+    return ir.node("Experts", [*inputs, *stacks], attributes, domain=experts.DOMAIN)
+
+
+def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int]) -> None:
+    node = routed_node(width, ffn, parts, active)
+    stacks = [experts.stored(value) for value in node.inputs[3:]]
+    models = {f"dense {name}": dense_ffn(*stacks, how) for name, how in experts.ARITHMETIC.items()}
+    forms = ("branches", "moe", "branches-int8", "branches-blocks", "qmoe")
+    models |= {form: experts_choice.alone(node, form) for form in forms}
+    for count in threads:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = count, 3
+        sessions = {
+            name: onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+            for name, model in models.items()
+        }
+        print(f"\n{active} of {parts} experts, {width} × {ffn}, threads: {count}; times as fast as dense float32\n")
+        print("| tokens | " + " | ".join(sessions) + " |\n| ---: |" + " ---: |" * len(sessions))
+        for tokens in experts_choice.TOKENS:
+            feed = experts_choice.drawn(node, tokens)
+            times: dict[str, list[float]] = {name: [] for name in sessions}
+            for number in range({1: 200, 8: 150, 128: 25, 512: 11}[tokens] + 1):
+                for name, session in sessions.items():
+                    given = feed if "dense" not in name else {"x": feed["x"]}
+                    began = time.perf_counter()
+                    session.run(None, given)
+                    if number:
+                        times[name].append(time.perf_counter() - began)
+            base = times["dense float32"]
+            ratios = (statistics.median(a / b for a, b in zip(base, own, strict=True)) for own in times.values())
+            print(f"| {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind")
+    one = kinds.add_parser("quality")
+    one.add_argument("checkpoint", type=Path)
+    one.add_argument("text", type=Path)
+    one.add_argument("--experts", type=int, default=16)
+    one.add_argument("--active", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    one.add_argument("--seeds", type=int, default=3)
+    other = kinds.add_parser("speed")
+    for name, value in (("width", 768), ("ffn", 3072), ("experts", 8), ("active", 2)):
+        other.add_argument(f"--{name}", type=int, default=value)
+    other.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    given = parser.parse_args()
+    if given.kind == "quality":
+        torch.set_num_threads(1)
+        quality(given.checkpoint, given.text, given.experts, given.active, given.seeds)
+    else:
+        asked = given if given.kind else other.parse_args([])
+        speed(asked.width, asked.ffn, asked.experts, asked.active, asked.threads)
+
+
+if __name__ == "__main__":
+    main()

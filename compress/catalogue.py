@@ -50,7 +50,9 @@ def describe(name: str) -> dict[str, Any]:
 
 def options(found: type) -> list[dict[str, str]]:
     """The options of a pass or exporter: name, type, default, meaning (from the `Attributes` of its docstring)."""
-    meanings = attributes(inspect.getdoc(found) or "")
+    meanings: dict[str, str] = {}
+    for base in reversed(found.__mro__):  # options may be inherited, as those of training are
+        meanings |= attributes(inspect.cleandoc(base.__doc__ or ""))
     hints = typing.get_type_hints(found, include_extras=True)
     listed = []
     for field in dataclasses.fields(found):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import ConfigDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from .checkpoint import Check, Checkpoint
@@ -34,12 +36,14 @@ class Forecast:
         memory: bytes above the weights that the step needs at its peak.
         notes: lines for people: the grid taken, where parameters go.
         exact: whether the step must deliver these shapes; False where only the weights say how much leaves.
+        disk: bytes that the step keeps in `Context.folder` while it runs.
     """
 
     layout: Layout
     memory: int = 0
     notes: tuple[str, ...] = ()
     exact: bool = True
+    disk: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,16 @@ class Context:
         seed: the recipe's seed, already specific to the step.
         track: wraps an iterable of known length in a progress bar.
         details: JSON values for the journal and the report.
+        original: the checkpoint that the run started from; not to be changed.
+        folder: where a long pass may keep its state. What lies there outlives a kill, and goes when the step is done.
     """
 
     calibration: list[np.ndarray]
     seed: int = 0
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, _label: items)
     details: dict[str, Any] = field(default_factory=dict)
+    original: Checkpoint | None = None
+    folder: Path | None = None
 
 
 class Pass(ABC):

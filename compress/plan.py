@@ -37,6 +37,7 @@ class PlannedStep:
         layout: shapes after the step.
         memory: predicted peak of the process in bytes while the step runs.
         notes: lines for people.
+        disk: bytes of state that the step keeps while it runs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PlannedStep:
     layout: Layout
     memory: int
     notes: tuple[str, ...]
+    disk: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -93,7 +95,8 @@ class Plan:
     def disk(self) -> int:
         """Bytes the run directory needs at its fullest: every pass' result, the model, the artifacts in float32."""
         artifacts = sum(step.layout.parameters * 4 for step in self.exports)
-        return sum(step.layout.bytes for step in self.passes) + self.final.bytes + 2 * artifacts
+        state = max((step.disk for step in self.passes), default=0)
+        return sum(step.layout.bytes for step in self.passes) + self.final.bytes + state + 2 * artifacts
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form (plan.json)."""
@@ -161,7 +164,14 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         memory = max(working, scoring_memory(original, forecast.layout, recipe))
         passes.append(
             PlannedStep(
-                f"{number + 1}-{step.use}", "pass", step.use, step.options, forecast.layout, memory, forecast.notes
+                f"{number + 1}-{step.use}",
+                "pass",
+                step.use,
+                step.options,
+                forecast.layout,
+                memory,
+                forecast.notes,
+                forecast.disk,
             )
         )
         layout = forecast.layout

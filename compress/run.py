@@ -254,6 +254,8 @@ class _Run:
             [part.ids for sample in self.calibration for part in sample.parts],
             seed=self.recipe.seed * 1000 + number,
             track=self.progress.track,
+            original=self.original,
+            folder=self.directory.step(f"{step.name}.state"),
         )
         # Asked again: an earlier pass may have chosen other sizes than planned.
         forecast = step.options.requires(checkpoint.layout)
@@ -280,6 +282,7 @@ class _Run:
             "scores": self._scores(TorchScorer(saved, self.how.threads)),
         }
         self.directory.finish_step(entry)
+        shutil.rmtree(self.directory.step(f"{step.name}.state"), ignore_errors=True)
         return saved, entry
 
     def _where(self, step: str) -> Path:

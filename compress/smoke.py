@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,12 @@ from .checkpoint import Checkpoint, load_tokenizer, named_parameters, quiet, rea
 from .data import Source
 from .layout import Layout, model_class
 from .recipe import Recipe
+from .train.options import Training
 
 SMALL = {"kv_heads": 2, "queries": 2, "heads": 4, "head_dim": 16, "ffn": 96, "shared_ffn": 96}
 BLOCKS = 2
 SAMPLES, LENGTH = 16, 64
+STEPS = 4
 
 
 def shrink_config(layout: Layout) -> Layout:
@@ -64,12 +67,21 @@ def _less(part: Source) -> Source:
     return Source(**{**given, "samples": min(part.samples, SAMPLES), "length": min(part.length, LENGTH)})
 
 
+def _shorter(options: Any) -> Any:
+    """A pass that trains, with few steps; any other as it is."""
+    if not isinstance(options, Training):
+        return options
+    return replace(options, steps=min(options.steps, STEPS), save_every=1)
+
+
 def smoke_recipe(recipe: Recipe, model: Path) -> Recipe:
-    """The recipe on the small model, with a little of its data."""
+    """The recipe on the small model, with a little of its data and of its training."""
     data = recipe.data
     parts = {
         name: _less(part)
         for name in ("calibration", "heldout")
         if (part := getattr(data, name)) is not None
     }
-    return recipe.model_copy(update={"model": str(model), "data": data.model_copy(update=parts)})
+    passes = tuple(step.model_copy(update={"options": _shorter(step.options)}) for step in recipe.passes)
+    changes = {"model": str(model), "data": data.model_copy(update=parts), "passes": passes}
+    return recipe.model_copy(update=changes)

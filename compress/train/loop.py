@@ -309,6 +309,11 @@ class Watch(TrainerCallback):
             control.should_save = args.save_strategy != "no"
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **_named: Any) -> None:
+        """Only the last two checkpoints need an optimizer; older ones wait to be averaged."""
+        for old in disk.checkpoints(Path(args.output_dir))[:-2] if state.is_world_process_zero else []:
+            (old / disk.OPTIMIZER).unlink(missing_ok=True)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_named: Any) -> None:
         """Close the bar."""
         for _ in self.bar:

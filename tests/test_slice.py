@@ -267,3 +267,12 @@ def test_a_later_check_finds_a_gain_that_came_back(tiny):
     name = norms(checkpoint.layout)[0]
     checkpoint.tensors[f"{name}.weight"] = checkpoint.tensors[f"{name}.weight"] * 2
     assert any(name in failing for failing in checkpoint.failing_checks())
+
+
+def test_a_split_is_found_where_heads_must_leave_too(tiny):
+    """A wide vocabulary: no sizes remove as much with all heads, and hidden then moves on a finer grid."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layout = tiny("llama", vocab_size=4096, head_dim=16, **shape).layout
+    after = Slice(remove=0.3, split=0.5).requires(layout).layout
+    assert after.families["kv_heads"] == 1
+    assert after.parameters == pytest.approx(0.7 * layout.parameters, rel=0.01)

@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import PreflightError, RecipeError
-from tersor.compress.train import Classification, Distillation, LanguageModel, Training, images, text, train
+from tersor.compress.pass_ import Context
+from tersor.compress.passes.moe import Moe
+from tersor.compress.train import Classification, Distillation, LanguageModel, Training, fsdp2, images, text, train
 from tersor.compress.train import state as disk
+from tersor.compress.train.loop import groups
 from tersor.compress.train.losses import IGNORED, answers, divergence
 from tersor.compress.train.memory import checkpoint_activations
 from tersor.compress.train.rows import Rows, chosen
@@ -309,8 +313,8 @@ generator = np.random.default_rng(0)
 rows = text(model, [generator.integers(0, 64, n) for n in generator.integers(4, 30, 50)], width=32)
 out, folder, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 done = train(model, rows, LanguageModel(), Training(**options), folder=Path(folder) if folder else None)
-torch.save({"weights": model.state_dict(), "losses": done.losses}, f"{out}.{torch.distributed.get_rank()}"
-    if torch.distributed.is_initialized() else out)
+out = f"{out}.{torch.distributed.get_rank()}" if torch.distributed.is_initialized() else out
+torch.save({"weights": done.weights or model.state_dict(), "losses": done.losses}, out)
 """
 
 
@@ -359,3 +363,54 @@ def test_two_processes_see_what_one_would(tmp_path, environment):
     assert [v for _, v in first["losses"]] == pytest.approx([v for _, v in alone["losses"]], rel=0.02)
     for name, tensor in alone["weights"].items():
         torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP2 shards over GPUs")
+def test_shards_learn_what_a_whole_model_does(tmp_path, environment):
+    count = torch.cuda.device_count()
+    options = {"steps": 6, "batch": 8, "learning_rate": 0.01, "optimizer": "sgd", "save_every": 3}
+    subprocess.run(
+        [sys.executable, *command(tmp_path, tmp_path / "one", tmp_path / "a", options)], env=environment, check=True
+    )
+    options["batch"] = 8 // count
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(fsdp2())]
+    launch += ["--num_processes", str(count), "--mixed_precision", "no"]
+    subprocess.run(
+        [*launch, *command(tmp_path, tmp_path / "two", tmp_path / "b", options)], env=environment, check=True
+    )
+    alone, first = torch.load(tmp_path / "one"), torch.load(tmp_path / "two.0")
+    assert [v for _, v in first["losses"]] == pytest.approx([v for _, v in alone["losses"]], rel=0.02)
+    for name, tensor in first["weights"].items():
+        torch.testing.assert_close(tensor, alone["weights"][name], rtol=1e-2, atol=2e-3)
+
+
+def test_the_configuration_for_shards_is_one_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(fsdp2()))
+    assert found.distributed_type == "FSDP"
+    assert found.fsdp_config["fsdp_version"] == 2
+
+
+def test_a_matrix_far_smaller_than_its_peers_moves_in_proportion(tiny):
+    """A router that was scaled down keeps most of its choices; the twin, at the full rate, is overwritten."""
+    original = tiny("llama")
+    text_ = sequences(original.layout, [24] * 16)
+    mixed = Checkpoint(original.layout, dict(original.tensors))
+    Moe(experts=8, active=4, compare=False).apply(mixed, Context(text_))
+    router = "model.layers.0.mlp.gate.weight"
+    before = mixed.tensors[router]
+    assert before.square().mean().sqrt() < 1e-3
+    shares = []
+    for proportional in (True, False):
+        model = copy.deepcopy(mixed.model()).requires_grad_(True)
+        if not proportional:
+            model.get_parameter(router).data.mul_(1 / float(before.square().mean().sqrt()))
+        start = model.get_parameter(router).detach().clone()
+        rates = {id(p): g["lr"] for g in groups(model, Training()) for p in g["params"]}
+        shares.append(rates[id(model.get_parameter(router))] / rates[id(model.lm_head.weight)])
+        if proportional:
+            train(model, text(model, text_), Distillation(original.model()), Training(steps=10, batch=8))
+            assert 0 < float((model.get_parameter(router).detach() - start).norm() / start.norm()) < 0.2
+    assert shares[0] < 1e-2
+    assert shares[1] == 1.0

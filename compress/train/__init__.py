@@ -21,6 +21,7 @@ _HOME = {
     "Rows": "rows",
     "Trained": "loop",
     "Training": "options",
+    "fsdp2": "options",
     "images": "rows",
     "text": "rows",
     "train": "loop",
@@ -29,7 +30,7 @@ _HOME = {
 if TYPE_CHECKING:
     from .loop import Trained, train
     from .losses import Classification, Distillation, LanguageModel, Objective
-    from .options import Training
+    from .options import Training, fsdp2
     from .rows import Rows, images, text
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Rows",
     "Trained",
     "Training",
+    "fsdp2",
     "images",
     "text",
     "train",

@@ -52,12 +52,14 @@ class Trained:
         losses: (step, mean loss of an answer), in order.
         averaged: how many checkpoints the weights are the mean of.
         stopped: whether `stop` ended it.
+        weights: under FSDP2, where the model stays in shards, what was trained, whole and by name; else None.
     """
 
     steps: int
     losses: tuple[tuple[int, float], ...]
     averaged: int
     stopped: bool
+    weights: dict[str, torch.Tensor] | None = None
 
 
 def train(
@@ -76,7 +78,7 @@ def train(
     """Train `model` in place: parameters that require gradients move.
 
     Args:
-        model: float32; left in eval mode, on the CPU.
+        model: float32; left in eval mode, on the CPU (under FSDP2: in shards, see `Trained.weights`).
         data: what a step reads; rows are shuffled anew in each round through them.
         objective: what is minimised.
         options: steps, rates, precision, checkpoints.
@@ -98,22 +100,31 @@ def train(
         found = disk.checkpoints(where)
         checkpoint_activations(model, options.activation_checkpointing)
         watch = Watch(options, stop, track, label)
-        keeps = folder is not None or options.average > 1
+        keeps, sharded = folder is not None or options.average > 1, False
         arguments = arguments_of(options, where, seed, keeps)
-        if folder is None and keeps and arguments.world_size > 1:
-            raise RecipeError("train: average", "several processes without a folder", "one that all of them read")
+        if folder is None and arguments.world_size > 1:
+            raise RecipeError(
+                "train: folder", f"none for {arguments.world_size} processes", "one that all of them read"
+            )
         if found and disk.ended(found[-1], options.steps):
             disk.load_weights(model, disk.mean(found[-1:]), str(where))
             steps, log = disk.history(found[-1])
         else:
             loop = Loop(model, data, objective, options, arguments, [*callbacks, watch])
             loop.train(resume_from_checkpoint=str(found[-1]) if found else None)
-            steps, log = loop.state.global_step, loop.state.log_history
+            steps, log, sharded = loop.state.global_step, loop.state.log_history, bool(loop.is_fsdp_enabled)
             loop.accelerator.wait_for_everyone()  # what the first process saved is read by all
+        if sharded:
+            last = disk.checkpoints(where)[-options.average :]
+            return Trained(steps, losses_of(log), len(last), steps < options.steps, disk.mean(last))
         averaged = average(model, where, options.average)
-    losses = tuple((int(e["step"]), float(e["loss"])) for e in log if "loss" in e)
     model.to("cpu").eval()
-    return Trained(steps, losses, averaged, steps < options.steps)
+    return Trained(steps, losses_of(log), averaged, steps < options.steps)
+
+
+def losses_of(log: Sequence[dict[str, Any]]) -> tuple[tuple[int, float], ...]:
+    """(step, loss) of a log."""
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry)
 
 
 def average(model: nn.Module, folder: Path, count: int) -> int:
@@ -249,14 +260,12 @@ class Loop(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            disk.save_weights(self.trained, Path(str(output_dir)))
+        if self.args.should_save:  # under FSDP2 `state_dict` is gathered from all shards, beside accelerate's own files
+            disk.save_weights(self.trained, Path(str(output_dir)), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # each process its shard
         else:
             path = Path(resume_from_checkpoint)
             disk.load_weights(self.trained, disk.mean([path]), str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -62,3 +63,8 @@ def needs_extra(place: str) -> None:
     if missing:
         found = f"no {' and no '.join(missing)}"
         raise PreflightError(place, found, "the extra `train`", "pip install 'tersor[train]'")
+
+
+def fsdp2() -> Path:
+    """The configuration of `accelerate launch` that shards a model over GPUs."""
+    return Path(__file__).with_name("fsdp2.yaml")

@@ -38,10 +38,13 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write what training changes."""
+def save_weights(model: nn.Module, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what training changes; of a model in shards, its part of the `whole` state."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous().cpu() for name, t in trained_tensors(model).items()}, folder / WEIGHTS)
+    tensors = trained_tensors(model)
+    if whole is not None:
+        tensors = {name: whole[name] for name in tensors}
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / WEIGHTS)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from tersor.compress.passes.slice import Slice
 from tersor.compress.progress import Progress
 from tersor.compress.rundir import hash_tree
 from tersor.compress.train import options as train_options
+from tersor.compress.train.generated import continued
 from tersor.compress.train.promises import Held, held
 
 QUICK = {"steps": 20, "batch": 8, "learning_rate": 3e-3}
@@ -276,3 +277,38 @@ def test_a_run_that_was_cut_off_in_the_training_goes_on_and_ends_with_the_same_b
 def test_the_module_says_where_its_numbers_come_from():
     assert "benchmarks/recover.py" in (module.__doc__ or "")
     assert (Path(__file__).parent.parent / "benchmarks" / "recover.py").exists()
+
+
+def test_sequences_that_the_original_goes_on_with(tiny, tmp_path):
+    """They start with pieces of the text, follow the original's own distribution, and are drawn once."""
+    original = tiny("llama")
+    text = sequences(original)
+    model = original.model()
+    before = torch.get_rng_state()
+    drawn = continued(model, text, 6, 24, seed=1, folder=tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(s) for s in drawn] == [24] * 6
+    start = min(len(s) for s in text)
+    pieces = {tuple(s[i : i + start]) for s in text for i in range(len(s) - start + 1)}
+    assert {tuple(s[:start]) for s in drawn} <= pieces
+    again, kept = continued(model, text, 6, 24, seed=1), continued(None, text, 6, 24, folder=tmp_path)
+    assert np.array_equal(drawn, again)
+    assert np.array_equal(drawn, kept)
+    assert not np.array_equal(drawn, continued(model, text, 6, 24, seed=2))
+    nats = [likelihood(model, found) for found in (drawn, sequences(original, 6, seed=5))]
+    assert nats[0] < nats[1] - 0.3, "the original finds its own words likelier than random ones"
+    details: dict = {}
+    Recover(**QUICK, continued=4).apply(copied(original), Context(text, original=original, details=details))
+    assert details["rows"] >= 4
+    with pytest.raises(RecipeError, match="only language models"):
+        Recover(continued=1).requires(tiny("bert").layout)
+
+
+@torch.no_grad()
+def likelihood(model, text) -> float:
+    """Mean nats a token."""
+    losses = []
+    for ids in text:
+        batch = torch.as_tensor(ids)[None]
+        losses.append(float(model(input_ids=batch, labels=batch).loss))
+    return float(np.mean(losses))

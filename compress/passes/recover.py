@@ -47,6 +47,8 @@ class Recover(Training, Pass):
         temperature: T of the divergence.
         hidden: β, the weight of the hidden states' error; only where no pass has changed their width or number.
         lora: rank of the changes, or none for all weights.
+        continued: so many sequences are drawn from the original, each going on from a piece of the calibration text,
+            and learned from beside it: a small text alone is soon known by heart.
         width: tokens of a row, at least those of the longest calibration sequence.
         stop: a gate on a tenth of the calibration data, which is then left out of the training; asked after each
             checkpoint, and met it ends the training.
@@ -58,6 +60,7 @@ class Recover(Training, Pass):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     hidden: Annotated[float, Field(ge=0)] = 0.0
     lora: Annotated[int, Field(gt=0)] | None = None
+    continued: Annotated[int, Field(ge=0)] = 0
     width: Annotated[int, Field(gt=1)] | None = None
     stop: Gate | None = None
 
@@ -66,6 +69,8 @@ class Recover(Training, Pass):
         needs_extra("recover")
         if self.distill < 1 and layout.task != "text-generation":
             raise RecipeError("distill", f"{self.distill:g} for {layout.task}", "1, since the data brings no labels")
+        if self.continued and layout.task != "text-generation":
+            raise RecipeError("continued", f"{self.continued} for {layout.task}", "0: only language models go on")
         trained = layout.parameters if self.lora is None else low_rank(layout, self.lora)
         state = 12 * trained * (max(2, self.average) + 1)
         note = f"{trained:,} of {layout.parameters:,} parameters trained, {self.steps} steps of {self.batch} rows"
@@ -74,6 +79,7 @@ class Recover(Training, Pass):
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Train, merge, cast."""
         from ..train import Distillation, LanguageModel, train
+        from ..train.generated import continued
         from ..train.promises import held, sizes
 
         began = time.perf_counter()
@@ -84,12 +90,16 @@ class Recover(Training, Pass):
             raise PreflightError("recover", "no original", "the checkpoint that the run started from")
         layout, keeps = checkpoint.layout, held(checkpoint)
         judged, learned = self._parts(context)
+        teacher = original.model()
+        if self.continued:
+            length = max(map(len, learned))
+            more = {"seed": context.seed, "folder": context.folder, "track": context.track}
+            learned = [*learned, *continued(teacher, learned, self.continued, length, **more)]
         model: nn.Module = copy.deepcopy(checkpoint.model()).requires_grad_(True)
         data = rows(model, layout, learned, self.width)
         keeps.hold(model)
         if self.lora is not None:
             model = adapted(model, layout, self.lora, keeps.frozen | keeps.zeros, context.seed)
-        teacher = original.model()
         objective = (
             Distillation(teacher, self.distill, self.temperature, self.hidden)
             if self.distill or self.hidden

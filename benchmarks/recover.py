@@ -24,6 +24,7 @@ from tersor.compress.pass_ import Context
 from tersor.compress.reading import Reader
 
 VARIANTS = {
+    "the calibration text alone": {"continued": 0},
     "half the likelihood of the text": {"distill": 0.5},
     "the likelihood alone": {"distill": 0.0},
     "temperature 2": {"temperature": 2.0},

@@ -93,8 +93,10 @@ class Recover(Training, Pass):
         teacher = original.model()
         if self.continued:
             length = max(map(len, learned))
-            more = {"seed": context.seed, "folder": context.folder, "track": context.track}
-            learned = [*learned, *continued(teacher, learned, self.continued, length, **more)]
+            drawn = continued(
+                teacher, learned, self.continued, length, seed=context.seed, folder=context.folder, track=context.track
+            )
+            learned = [*learned, *drawn]
         model: nn.Module = copy.deepcopy(checkpoint.model()).requires_grad_(True)
         data = rows(model, layout, learned, self.width)
         keeps.hold(model)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .encoding import from_bits, to_bits
+from .encoding import from_bits, positive, to_bits, where
 from .saved import Plan, Rows, Tensors
 from .threshold import masked
 
@@ -192,7 +192,7 @@ class Relu(torch.autograd.Function):
     def forward(ctx: Any, h: torch.Tensor) -> torch.Tensor:
         """max(h, 0)."""
         y = torch.relu(h)
-        ctx.save_for_backward(to_bits((y > 0).reshape(-1)))
+        ctx.save_for_backward(to_bits(positive(y).reshape(-1)))
         return y
 
     @staticmethod
@@ -200,7 +200,7 @@ class Relu(torch.autograd.Function):
         """Dy where the output was above zero."""
         (dy,) = gradients
         mask = from_bits(ctx.saved_tensors[0], dy.numel())
-        return torch.where(mask.view(dy.shape), dy, 0)
+        return where(mask.view(dy.shape), dy)
 
 
 class Activation(torch.autograd.Function):

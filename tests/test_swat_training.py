@@ -132,14 +132,25 @@ def test_exempt_by_name_pattern_and_place():
         ({"exempt": ("re:attention",)}, "found 're:attention', which matches no layer, expected a name like '0'"),
         ({"exempt": ("re:(",)}, "expected a regular expression"),
         ({"exempt": ("re:.",)}, "found all 4 layers"),
-        ({"weights": 0.0, "activations": 0.0}, "both 0"),
-        ({"mode": "structured", "distribution": "erk"}, "one size for all blocks"),
         ({"mode": "structured", "on": ("heads",)}, "of which this model has none"),
     ],
 )
 def test_what_means_nothing_is_refused(options, message):
     with pytest.raises(RecipeError, match=message), swat(mlp(), steps=3, **options):
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": 0.0, "activations": 0.0}, "both 0"),
+        ({"mode": "structured", "weights": 0.0}, "use mode 'sampled'"),
+        ({"mode": "structured", "distribution": "erk"}, "one size for all blocks"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sparsity(**options)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 50, float("nan")])
@@ -289,7 +300,7 @@ def test_the_callback_trains_resumes_and_hardens(tmp_path):
 
     whole, callback = run(False)
     assert (tmp_path / "checkpoint-7" / STATE).is_file()
-    assert [d["step"] for d in callback.densities] == [1, 4, 7, 10, 13]
+    assert [step for step, _ in callback.history] == [1, 4, 7, 10, 13]
     resumed, _ = run(True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert float((whole.net[2].weight == 0).float().mean()) == pytest.approx(0.6, abs=1e-3)

@@ -31,50 +31,72 @@ class SwatCallback(TrainerCallback):
     Attributes:
         options: what is dropped.
         groups: coupled units for structured mode, where the model's own cannot be found.
+        seed: of the tokens drawn.
+        harden: whether the end of training writes the zeros.
         training: of the model, once training has begun.
-        densities: by step, one entry a period: what the report plots.
+        history: (step, weight sparsity by layer), one entry a period: what a report plots.
     """
 
-    def __init__(self, options: Sparsity, groups: list[Group] | None = None) -> None:
-        self.options, self.groups = options, groups
+    def __init__(
+        self, options: Sparsity, groups: list[Group] | None = None, seed: int = 0, harden: bool = True
+    ) -> None:
+        self.options, self.groups, self.seed, self.harden = options, groups, seed, harden
         self.training: SparseTraining | None = None
-        self.densities: list[dict[str, Any]] = []
+        self.history: list[tuple[int, dict[str, float]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Replace the forwards; take up the state of the checkpoint that the Trainer resumes from."""
-        self.training = SparseTraining(model, self.options, state.max_steps, self.groups)
+        self.training = SparseTraining(model, self.options, state.max_steps, self.groups, self.seed)
         if state.global_step:
-            from safetensors.torch import load_file
-
-            path = _directory(args, state.global_step) / STATE
-            if not path.is_file():
-                remedy = "Resume from where it was saved."
-                raise PreflightError(str(path), "no such file", "the state of sparse training", remedy)
-            self.training.load_state_dict(load_file(path))
+            load(self.training, _directory(args, state.global_step))
         self.training.attach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the step."""
+        """Count the step; before the Trainer writes a checkpoint, leave the state where it will lie.
+
+        The Trainer writes its own state last, so that a checkpoint it calls whole has ours too, whenever it is killed.
+        """
         assert self.training is not None
-        if state.global_step % self.options.period == 1 % self.options.period:
-            shares = {name: layer.share for name, layer in self.training.layers.items()}
-            self.densities.append({"step": state.global_step, "share": shares})
+        if (state.global_step - 1) % self.options.period == 0:
+            self.history.append((state.global_step, self.training.shares))
         self.training.step()
+        if control.should_save or (state.global_step >= state.max_steps and args.save_strategy != "no"):
+            self._write(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave the state beside the Trainer's."""
+        """Leave the state beside the Trainer's, where another callback asked for the checkpoint."""
+        if not (_directory(args, state.global_step) / STATE).is_file():
+            self._write(args, state)
+
+    def _write(self, args: Any, state: Any) -> None:
         from safetensors.torch import save_file
 
-        assert self.training is not None
-        directory = _directory(args, state.global_step)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.training.state_dict(), directory / STATE)
+        if self.training is not None and state.is_world_process_zero:
+            directory = _directory(args, state.global_step)
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file(self.training.state_dict(), directory / STATE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write zeros, and give the model its forwards back."""
         assert self.training is not None
-        self.training.harden()
+        if self.harden:
+            self.training.harden()
         self.training.detach()
+
+
+def load(training: SparseTraining, directory: Path) -> None:
+    """Take up the state in a checkpoint directory.
+
+    Raises:
+        PreflightError: there is none.
+    """
+    from safetensors.torch import load_file
+
+    path = directory / STATE
+    if not path.is_file():
+        remedy = "Resume from where it was saved."
+        raise PreflightError(str(path), "no such file", "the state of sparse training", remedy)
+    training.load_state_dict(load_file(path))
 
 
 def _directory(args: Any, step: int) -> Path:

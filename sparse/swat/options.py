@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from tersor.compress.errors import RecipeError
 from tersor.compress.pass_ import STRICT
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -35,7 +34,6 @@ class Sparsity:
         exempt: layers that stay dense: names, `re:` patterns, `first` (the layer that reads the input; none where an
             embedding does), `last`.
         on: what structured mode takes out: `ffn` (units), `heads`, `channels` (of convolutions).
-        seed: of the tokens drawn.
     """
 
     mode: Literal["exact", "sampled", "structured"] = "exact"
@@ -48,19 +46,15 @@ class Sparsity:
     values: Literal["input", "bfloat16"] = "input"
     exempt: tuple[str, ...] = (FIRST, LAST)
     on: tuple[Literal["ffn", "heads", "channels"], ...] = ("ffn", "channels")
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse combinations that mean nothing."""
         if self.weights == 0 and self.activations == 0:
-            raise RecipeError("swat", "weights and activations both 0", "a share above 0 in one of them")
+            raise ValueError("weights and activations are both 0; drop a share of one of them")
+        if self.mode == "structured" and self.weights == 0:
+            raise ValueError("weights is 0 in structured mode; use mode 'sampled', which keeps all units")
         if self.mode == "structured" and self.distribution != "uniform":
-            raise RecipeError(
-                "swat: distribution",
-                f"{self.distribution!r} in structured mode",
-                "'uniform'",
-                "A stock config has one size for all blocks.",
-            )
+            raise ValueError(f"distribution {self.distribution!r}: in structured mode, one size for all blocks")
 
     def share(self, step: int, steps: int) -> float:
         """Weight sparsity at optimizer step `step` of `steps` (Zhu and Gupta 2017, eq. 1, from 0)."""

@@ -28,10 +28,7 @@ from .groups import Group, groups_of
 from .layers import ActivationLayer, Layer, NormLayer
 from .options import Sparsity
 from .targets import activations, layers, operation
-from .threshold import threshold
-
-WEIGHT_SAMPLE = 1 << 16
-"""Weights that a threshold is estimated from while training; the last one sorts them all."""
+from .threshold import SAMPLE, threshold
 
 
 class SparseTraining:
@@ -41,16 +38,19 @@ class SparseTraining:
         model: being trained.
         options: what was asked for.
         steps: optimizer steps that the ramp is a share of.
+        seed: of the tokens drawn.
         number: optimizer steps done.
         layers: sparse layers by name.
         groups: coupled units (structured mode).
         live: bool `[units]` by group name.
     """
 
-    def __init__(self, model: nn.Module, options: Sparsity, steps: int, groups: list[Group] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Sparsity, steps: int, groups: list[Group] | None = None, seed: int = 0
+    ) -> None:
         if steps < 1:
             raise RecipeError("swat: steps", str(steps), "at least 1")
-        self.model, self.options, self.steps, self.number = model, options, steps, 0
+        self.model, self.options, self.steps, self.seed, self.number = model, options, steps, seed, 0
         chosen = layers(model, options.exempt)
         self.groups: list[Group] = []
         if options.mode == "structured":
@@ -97,6 +97,11 @@ class SparseTraining:
             self.refresh()
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Weight sparsity by layer."""
+        return {name: layer.share for name, layer in self.layers.items()}
+
+    @property
     def share(self) -> float:
         """Weight sparsity now."""
         return self.options.share(self.number, self.steps)
@@ -110,12 +115,12 @@ class SparseTraining:
         """
         share = self.options.weights if final else self.share
         if self.options.mode == "structured":
-            self._choose_units(share)
+            self._choose_units(share, final)
         else:
             for name, layer_share in self._shares(share).items():
                 layer = self.layers[name]
                 layer.share = layer_share
-                sample = None if final else WEIGHT_SAMPLE
+                sample = None if final else SAMPLE
                 layer.part = Part(threshold(layer.module.weight, layer_share, sample)) if layer_share else Part()
         for layer in self.layers.values():
             layer.limit = None
@@ -133,11 +138,13 @@ class SparseTraining:
             return dict.fromkeys(self.layers, share)
         return spread(share, sizes, {name: gradient or 0.0 for name, gradient in seen.items()})
 
-    def _choose_units(self, share: float) -> None:
+    def _choose_units(self, share: float, final: bool) -> None:
         names = {name for group in self.groups for name in group.members}
         weights = {name: self.model.get_parameter(f"{name}.weight") for name in names}
         for group in self.groups:
             count = max(1, round((1 - share) * group.size))
+            if final and int(self.live[group.name].sum()) == count:
+                continue  # those that were trained last, not those that would be chosen next
             best = group.scores(weights).argsort(descending=True, stable=True)[:count]
             live = torch.zeros(group.size, dtype=torch.bool)
             live[best] = True
@@ -171,7 +178,7 @@ class SparseTraining:
         """The tokens of this step: int64, ascending, the same for every layer that reads as many."""
         key = (total, device)
         if key not in self._drawn:
-            seed = (self.options.seed * 1_000_003 + self.number) * 1_000_033 + total
+            seed = (self.seed * 1_000_003 + self.number) * 1_000_033 + total
             generator = torch.Generator().manual_seed(seed % (1 << 63))
             count = max(1, round((1 - self.options.activations) * total))
             self._drawn[key] = torch.randperm(total, generator=generator)[:count].sort().values.to(device)
@@ -248,7 +255,13 @@ class SparseTraining:
 
 @contextmanager
 def swat(
-    model: nn.Module, options: Sparsity | None = None, *, steps: int, groups: list[Group] | None = None, **words: Any
+    model: nn.Module,
+    options: Sparsity | None = None,
+    *,
+    steps: int,
+    groups: list[Group] | None = None,
+    seed: int = 0,
+    **words: Any,
 ) -> Iterator[SparseTraining]:
     """Train `model` sparsely inside a plain loop.
 
@@ -257,6 +270,7 @@ def swat(
         options: what is dropped; or its fields by name in `words`.
         steps: optimizer steps of the whole training.
         groups: coupled units for structured mode, where the model's own cannot be found.
+        seed: of the tokens drawn.
         words: fields of `Sparsity`.
 
     Yields:
@@ -265,7 +279,7 @@ def swat(
     Raises:
         RecipeError: options that mean nothing on this model.
     """
-    training = SparseTraining(model, options or Sparsity(**words), steps, groups)
+    training = SparseTraining(model, options or Sparsity(**words), steps, groups, seed)
     training.attach()
     try:
         yield training

@@ -5,11 +5,12 @@
     python benchmarks/swat.py accuracy [--mnist FOLDER] [--cifar FILE.npz] [--seeds 5] [--plot FILE.png]
     python benchmarks/swat.py text [--seeds 3]
 
-`speed` runs forward and backward of one block, a named dense baseline and each method in turn, and prints the median of
-their ratios in CPU seconds of one thread (wall clock says little on a shared machine). `accuracy` trains on scikit-learn's digits, and on
-MNIST's 10,000 test images (idx files, 8,000 to train) and a CIFAR-10 subset (x_train, y_train, x_test, y_test) where
-they are given; seeds are paired: the same split, weights and batches for every method. `text` trains a byte-level
-Llama on the text that ships. Methods marked = have as many counted FLOPs as SWAT in their table, so other steps.
+`speed` runs forward and backward of one block, a named dense baseline and each method in turn, and prints the median
+of their ratios in CPU seconds of one thread (wall clock says little on a shared machine). `accuracy` trains on
+scikit-learn's digits, and on MNIST's 10,000 test images (idx files, 8,000 to train) and a CIFAR-10 subset (x_train,
+y_train, x_test, y_test) where they are given; seeds are paired: the same split, weights and batches for every method.
+`text` trains a byte-level Llama on the text that ships. Methods marked = have as many counted FLOPs as SWAT in their
+table, so other steps.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def speed(rounds: int) -> None:
                 ratio = statistics.median(a / b for a, b in zip(spent["dense"], times, strict=True))
                 share = ran[case] / ran["dense"]
                 label = str(dtype).removeprefix("torch.")
-                print(f"| {name} | {label} | {case} | {statistics.median(times) * 1e3:.0f} | {ratio:.2f} | {share:.0%} |")
+                took = statistics.median(times) * 1e3
+                print(f"| {name} | {label} | {case} | {took:.0f} | {ratio:.2f} | {share:.0%} |", flush=True)
 
 
 def memory() -> None:
@@ -241,7 +243,7 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
             steps = round(budget / reduced)
         optimizer = torch.optim.Adam(model.parameters(), lr=task.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        masks, training, counted, losses = None, None, 0.0, []
+        masks, counted, losses = None, 0.0, []
         if method.baseline:
             grow = {"prune": None, "SET": "random", "RigL": "gradient"}[method.baseline]
             layers = {name: layer.module for name, layer in probe.layers.items()}
@@ -360,7 +362,7 @@ def cifar(file: Path) -> Task:
             self.net = ResNetForImageClassification(config)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.net(functional.interpolate(images, scale_factor=2)).logits
+            return self.net(images).logits
 
     return classifier("CIFAR-10 subset (JPEG)", pixels, torch.tensor(y), 2000, 400, Net)
 

@@ -9,7 +9,7 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.evaluate.pooling import Pooling
 
-from . import experts, experts_choice, trace
+from . import experts, experts_choice, trace, zeros
 from .core import core, head
 from .front import Clock
 from .stitch import stitch
@@ -50,7 +50,8 @@ def build(
     stitch(model, pooling, clock, inputs, behind)
     if static is not None:
         fix(model, static)
-    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), **routed}
+    removed = {} if routed else {"zeros": zeros.shrink(model)}
+    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), **routed, **removed}
 
 
 def fill(

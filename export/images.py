@@ -17,7 +17,7 @@ from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.compress.evaluate import OUTPUTS, Output
 from torch import nn
 
-from . import artifact, trace
+from . import artifact, trace, zeros
 from .artifact import Artifact
 from .core import TRACED
 from .parity import Figures
@@ -79,6 +79,7 @@ def write(checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
     example = torch.zeros(3, *shape)
     model = trace.trace(Pixels(module), [example], ["pixel_values"], ["logits"], TRACED, axes={0: "batch"})
     model.graph.opset_imports[""] = opset
+    removed = zeros.shrink(model)
     trace.save(model, directory)
     artifact.write_side_files(checkpoint, directory)
     layout = checkpoint.layout
@@ -93,6 +94,7 @@ def write(checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
         "outputs": [{"name": "logits", "dtype": "float", "shape": ["batch", layout.families["labels"]]}],
         "limits": {"shape": shape},
         "parameters": layout.parameters,
+        "zeros": removed,
         "produced_by": {"torch": torch.__version__},
     }
     readme = README.format(**{**facts, "file": trace.MODEL_FILE, "shape": ["batch", *shape], "zeros": (2, *shape)})

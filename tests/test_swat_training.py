@@ -242,6 +242,15 @@ def test_structured_transformers_are_the_masked_ones_and_run_smaller_products(mo
     assert flops.counted == pytest.approx(flops.realised, rel=0.12 if "heads" in on else 1e-6)  # attention shrinks too
 
 
+def test_a_transformer_inside_another_module_has_its_groups(tiny):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny("llama").model()
+
+    assert [g.name for g in groups_of(Wrapped(), ("ffn",))] == ["inner.ffn0", "inner.ffn1"]
+
+
 def test_counted_and_realised():
     model, (x, y) = mlp(), batch(0)
 

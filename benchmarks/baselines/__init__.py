@@ -1,0 +1,1 @@
+"""Other people's methods, which live here and not in the product."""

@@ -4,8 +4,8 @@
     SET     random masks; every `period` steps the smallest weights leave and random ones come (Mocanu et al. 2018)
     RigL    the same, but those with the largest dense gradient come (Evci et al. 2020)
 
-The share exchanged starts at 0.3 and falls as a cosine to 0 at three quarters of the steps (RigL, appendix). New weights
-start at zero with fresh optimizer moments. Masks are zeros in dense tensors here: FLOPs are counted, not saved.
+The share exchanged starts at 0.3 and falls as a cosine to 0 at three quarters of the steps (RigL, appendix). New
+weights start at zero with fresh optimizer moments. Masks are zeros in dense tensors here: FLOPs are counted, not saved.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from tersor.compress.checkpoint import Check, Checkpoint, named_parameters
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Context, Forecast, Pass
-from tersor.compress.passes.recover import memory, rows
+from tersor.compress.passes.recover import Recover, memory, rows
 from tersor.compress.train.options import Training, needs_extra
 
 from ..swat.options import Sparsity
@@ -74,7 +74,8 @@ class Swat(Training, Sparsity, Pass):
         elif self.weights:
             notes.append("zeros anywhere in the weights: shapes, speed and memory of the result stay as they are")
         state = 12 * layout.parameters * (max(2, self.average) + 1)
-        return Forecast(layout, memory(layout, self, layout.parameters), tuple(notes), disk=state)
+        alike = Recover(batch=self.batch, width=self.width, activation_checkpointing=self.activation_checkpointing)
+        return Forecast(layout, memory(layout, alike, layout.parameters), tuple(notes), disk=state)
 
     def _known(self, names: list[str]) -> None:
         import re
@@ -170,8 +171,8 @@ class Swat(Training, Sparsity, Pass):
         size = checkpoint.tensors[names[0]].itemsize
         saved = sum(checkpoint.tensors[n].nbytes - nonzero[n] * size - checkpoint.tensors[n].numel() / 8 for n in names)
         said = (
-            "zeros lie anywhere in the weights: ONNX Runtime multiplies by them, so nothing runs faster; stored as bits "
-            f"and values the file would take {1 - saved / total:.0%} of its bytes"
+            "zeros lie anywhere in the weights: ONNX Runtime multiplies by them, so nothing runs faster; stored as "
+            f"bits and values the file would take {1 - saved / total:.0%} of its bytes"
         )
         return {"nonzero": nonzero, "encoded_share": 1 - saved / total, "warnings": [said]}
 

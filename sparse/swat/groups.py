@@ -146,7 +146,14 @@ def groups_of(model: nn.Module, words: Iterable[str]) -> list[Group]:
         RecipeError: the model has none.
     """
     words = tuple(words)
-    found = list(from_layout(layout, words)) if (layout := layout_of(model)) is not None else []
+    found: list[Group] = []
+    for path, module in model.named_modules():
+        if (layout := layout_of(module)) is not None:
+            within = f"{path}." if path else ""
+            for group in from_layout(layout, words):
+                members = {f"{within}{name}": owners for name, owners in group.members.items()}
+                found.append(Group(f"{within}{group.name}", group.size, members))
+            break  # what lies inside is part of it
     if "channels" in words:
         found += from_sequences(model)
     if not found:
@@ -161,9 +168,11 @@ def groups_of(model: nn.Module, words: Iterable[str]) -> list[Group]:
 
 def layout_of(model: nn.Module) -> Layout | None:
     """The layout of a transformers model whose architecture tersor knows, else None."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) is None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         return None
+    config: Any = model.config
     from tersor.compress.checkpoint import named_parameters
 
     shapes = {name: tuple(t.shape) for name, t in named_parameters(model).items()}

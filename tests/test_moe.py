@@ -155,7 +155,7 @@ def test_the_class_chooses_what_the_router_says(dense, source, options):
         wanted += order.numel()
     assert chosen / wanted >= 0.999
     assert all(router["kept"] >= 0.999 for router in details["router"])
-    assert all(router["weight_error"] < 0.05 for router in details["router"])
+    assert all(router["weight_error"] < 0.2 for router in details["router"])
 
 
 def test_too_small_a_scale_loses_choices(dense):

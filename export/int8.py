@@ -129,6 +129,9 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
             done[str(x.name)] = quantized_lines(ops, ops.reshape(x, -1, product.weight.shape[0]))
         q, scale = done[str(x.name)]
         y = multiplied(ops, ops, q, scale, product.weight)
+        for use in node.outputs[0].uses():  # what comes is `[N, n]`, where `[1, N, n]` may have been split
+            if use.node.op_type == "Split" and use.node.attributes["axis"].as_int() == 2:
+                use.node.attributes["axis"] = ir.AttrInt64("axis", -1)
         node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
         _replace(graph, node, ops)
     for number, node in enumerate([n for n in graph if n.op_type == "Gather"]):

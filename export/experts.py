@@ -140,8 +140,8 @@ class Expert:
 class Arithmetic:
     """How an expert's products are computed: float32. `outer` keeps weights, `ops` takes nodes."""
 
-    def read(self, ops: Ops, x: ir.Value, width: int) -> list[ir.Value]:
-        """What stands for the tokens `[n, width]`, line by line; made once for all experts."""
+    def read(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
+        """What stands for the tokens `[n, hidden]`, line by line; made once for all experts."""
         return [x]
 
     def product(self, outer: Ops, ops: Ops, lines: list[ir.Value], weight: np.ndarray) -> ir.Value:
@@ -152,13 +152,13 @@ class Arithmetic:
         """The expert's answer."""
         gate, up = (self.product(outer, ops, lines, weight) for weight in (expert.gate, expert.up))
         inner = ops("Mul", activated(ops, gate, expert.act), up)
-        return self.product(outer, ops, self.read(ops, inner, expert.down.shape[1]), expert.down)
+        return self.product(outer, ops, self.read(ops, inner), expert.down)
 
 
 class Lines(Arithmetic):
     """Eight bits, a scale for every token and every output (int8.py)."""
 
-    def read(self, ops: Ops, x: ir.Value, width: int) -> list[ir.Value]:
+    def read(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
         """Eight-bit lines and their scales."""
         return list(int8.quantized_lines(ops, x))
 
@@ -190,7 +190,7 @@ def branches(
     chose = ops("Equal", ops.constant(np.arange(len(experts))[:, None]), ops.unsqueeze(flat, 0))
     order = ops("Gather", ops("NonZero", chose), ops.constant(1))
     token = ops("Div", order, slots)
-    read = [ops("Gather", part, token) for part in how.read(ops, x, experts[0].gate.shape[1])]
+    read = [ops("Gather", part, token) for part in how.read(ops, x)]
     numbers = ops("ReduceSum", ops("Cast", chose, to=ir.DataType.INT64), ops.constant([1]), keepdims=0)
     ends = ops.split(ops("CumSum", numbers, ops.constant(0)), len(experts))
     some = ops.split(ops("Greater", numbers, ops.constant(0)), len(experts))
@@ -229,11 +229,11 @@ def whole(
         np.concatenate(stack, axis)
         for stack, axis in zip(zip(*((e.gate, e.up, e.down) for e in experts), strict=True), (0, 0, 1), strict=True)
     )
-    read = how.read(ops, x, gate.shape[1])
+    read = how.read(ops, x)
     opened = activated(ops, how.product(ops, ops, read, gate), experts[0].act)
     inner = ops("Mul", opened, how.product(ops, ops, read, up))
     masked = ops.reshape(ops("Mul", ops.reshape(inner, -1, count, part), mask), -1, count * part)
-    return how.product(ops, ops, how.read(ops, masked, count * part), down)
+    return how.product(ops, ops, how.read(ops, masked), down)
 
 
 def activated(ops: Ops, x: ir.Value, act: str) -> ir.Value:

@@ -41,13 +41,14 @@ def random_llama(layers: int) -> Checkpoint:
 
 def by_torch(checkpoint: Checkpoint, threads: int) -> Callable[[np.ndarray, int], np.ndarray]:
     model = checkpoint.model(torch.float32)
+    model.generation_config.eos_token_id = None
 
     def run(prompt: np.ndarray, count: int) -> np.ndarray:
         ids = torch.from_numpy(prompt)[None]
         with torch_threads(threads), torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, use_cache=True,
-                eos_token_id=-1, pad_token_id=0,
+                pad_token_id=0,
             )  # fmt: skip
         return np.asarray(out[0, len(prompt) :])
 

@@ -76,6 +76,7 @@ def test_compare_asks_no_hub_for_a_model(hub: Hub, tmp_path: Path, model: str) -
     assert any("somebody/some-model" in path for path in hub.asked_by(tmp_path, code))
 
 
+@pytest.mark.slow
 def test_compare_asks_no_hub_for_a_dataset(hub: Hub, tmp_path: Path, model: str) -> None:
     pytest.importorskip("datasets")
     code = ["-c", COMPARE, "compare", model, model, "--data", "datasets:somebody/some-data"]
@@ -83,7 +84,7 @@ def test_compare_asks_no_hub_for_a_dataset(hub: Hub, tmp_path: Path, model: str)
     assert any("somebody/some-data" in path for path in hub.asked_by(tmp_path, code))
 
 
-@pytest.mark.parametrize("data", [False, True], ids=["model", "data"])
+@pytest.mark.parametrize("data", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["model", "data"])
 def test_the_plugin_asks_no_hub(hub: Hub, tmp_path: Path, model: str, data: bool) -> None:
     if data:
         pytest.importorskip("datasets")

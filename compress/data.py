@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 
 Name = Annotated[str, Field(min_length=1)]
+UNASKED, UNNAMED = -1, -2
+"""Targets of a token that does not count, and of one that counts though nothing says what it should have named."""
 MOST_TEXT = 64_000_000  # characters of a stream: about a minute and 3 GB in the tokenizer
 
 
@@ -129,7 +131,7 @@ class Sample:
         text: what is scored: for a window the text of its predicted tokens, for a choice its own text, else that of
             all tokens; for an image its file.
         label: the class' number, the pair's score, or the number of the right choice; None without labels.
-        targets: int64 `[n]`: what each row of a model's answer should name, −1 where it is not asked; None for the
+        targets: int64 `[n]`: what each row of a model's answer should name, or `UNASKED`, or `UNNAMED`; None for the
             next token everywhere.
         others: the second text of a pair, the choices after the first.
     """

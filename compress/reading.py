@@ -3,12 +3,16 @@
     text-generation       windows of text; or questions with choices, each choice a sequence behind its context
     feature-extraction    texts; or pairs of texts with a score
     text-classification   texts (or two in one sequence) with a class
+    token-classification  texts; or lists of words with a class each
     fill-mask             texts, 15 % of the tokens of each behind the mask token
     image-classification  a folder of images for each class
 
 Masks: the tokens to hide are drawn by a generator seeded with the text's own ids and the source's seed, so a text is
 masked alike wherever it stands and whoever is measured. All of them become the mask token (BERT's training left a
 fifth of them visible; for a measurement that would only blur it). Special tokens stay.
+
+Tags: the words are joined by spaces, and a word's class is asked of its first token alone, as in the field's usual
+evaluation; of text without tags every token's answer counts.
 
 Choices: the context, a space unless one stands there already, and the choice are tokenised together, and the choice's
 tokens are those that end inside it, so a token across the seam is the choice's. A row that is too long loses its
@@ -28,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import Sample, Source, choose, read_samples
+from .data import UNASKED, UNNAMED, Sample, Source, choose, read_samples
 from .errors import PreflightError, RecipeError
 from .evaluate.scorer import OUTPUTS, Output
 from .images import Preparation, numbers
@@ -42,7 +46,12 @@ if TYPE_CHECKING:
     from .layout import Layout
 
 MASKED = 0.15
-ALLOWED = {"logits": ("choices", "label"), "embedding": ("pair", "label"), "classes": ("pair", "label")}
+ALLOWED = {
+    "logits": ("choices", "label"),
+    "embedding": ("pair", "label"),
+    "classes": ("pair", "label"),
+    "token_classes": ("label",),
+}
 """What a source may name beside its text, by what the model answers."""
 
 
@@ -104,12 +113,19 @@ class Reader:
             samples = read_samples(
                 source, self.tokenizer, windows=windows, seed=seed, base=base, place=place, offline=offline
             )
+            if self.output == "token_classes":
+                return [replace(s, targets=np.full(len(s.ids), UNNAMED)) for s in samples]
             return [self._masked(s, seed or 0, place) for s in samples] if self.output == "token_logits" else samples
         part = source.part(base, place)
         records = rows(part, offline)
         if not records:
             raise PreflightError(f"{place}.path: {part.path}", "no records", "at least one")
-        make = {"logits": self._question, "embedding": self._pair, "classes": self._labelled}[self.output]
+        make = {
+            "logits": self._question,
+            "embedding": self._pair,
+            "classes": self._labelled,
+            "token_classes": self._tagged,
+        }[self.output]
         return [make(records[i], source) for i in choose(len(records), source.samples, seed)]
 
     def _refuse(self, source: Source, allowed: tuple[str, ...], place: str) -> None:
@@ -146,18 +162,42 @@ class Reader:
     def _labelled(self, record: Record, source: Source) -> Sample:
         texts = [record.text(field, "pair") for field in source.pair] if source.pair else [record.text(source.field)]
         text = " | ".join(texts)
-        label = None if source.label is None else self._class(record, source.label)
+        label = None if source.label is None else float(self._class(record.value(source.label, "label"), record.place))
         return Sample(self._encode(source, *texts), len("".join(texts).encode()), text, label)
 
-    def _class(self, record: Record, field: str) -> float:
-        value, labels, count = record.value(field, "label"), self._labels(), self.layout.families["labels"]
+    def _class(self, value: Any, place: str) -> int:
+        labels, count = self._labels(), self.layout.families["labels"]
         if isinstance(value, str) and value in labels:
-            return float(labels[value])
+            return labels[value]
         number = whole(value)
         if number is None or not 0 <= number < count:
             known = ", ".join(list(labels)[:10])
-            raise RecipeError(record.place, f"label {value!r}", f"a class of the model: 0 to {count - 1}, or {known}")
-        return float(number)
+            raise RecipeError(place, f"label {value!r}", f"a class of the model: 0 to {count - 1}, or {known}")
+        return number
+
+    def _tagged(self, record: Record, source: Source) -> Sample:
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        assert source.label is not None
+        if not tokenizer.is_fast:
+            raise PreflightError("data: label", "a tokenizer without offsets", "a fast tokenizer")
+        words, tags = record.value(source.field, "field"), record.value(source.label, "label")
+        for field, value in ((source.field, words), (source.label, tags)):
+            if not isinstance(value, (list, tuple)) or len(value) != len(words):
+                wanted = "a list of words and one of their classes"
+                raise RecipeError(record.place, f"{field} {str(value)[:60]!r}", wanted)
+        if not all(isinstance(word, str) and word.strip() for word in words):
+            raise RecipeError(record.place, f"{source.field} {str(words)[:60]!r}", "words")
+        text = " ".join(words)
+        encoded = tokenizer(text, truncation=True, max_length=source.length, return_offsets_mapping=True)
+        ends = np.array([end for _, end in encoded["offset_mapping"]])
+        targets, start = np.full(len(ends), UNASKED), 0
+        for word, tag in zip(words, tags, strict=True):
+            first = int(np.argmax(ends > start))
+            if ends[first] > start and targets[first] == UNASKED:  # else it was cut off
+                targets[first] = self._class(tag, record.place)
+            start += len(word) + 1
+        return Sample(np.asarray(encoded["input_ids"], np.int64), len(text.encode()), text, targets=targets)
 
     def _labels(self) -> dict[str, int]:
         return {str(name): int(number) for name, number in (self.layout.config.label2id or {}).items()}

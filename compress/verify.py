@@ -180,10 +180,11 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
     import torch
 
     from .checkpoint import Checkpoint
+    from .evaluate import OUTPUTS
 
     what = f"{artifact.name}: stock ONNX Runtime agrees with the checkpoint"
     described = json.loads((artifact / "artifact.json").read_text("utf-8"))
-    if not described.get("parity") or described.get("precision") == "int8":
+    if not described.get("parity") or described.get("precision") != "float32":
         return Finding(what, True, "judged by its gate, not by parity")
     checkpoint = Checkpoint.load(model)
     tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
@@ -202,7 +203,7 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
             found = _fresh(STOCK_ORT, str(artifact / "model.onnx"), str(path))
         except PreflightError as error:
             return Finding(what, False, error.found)
-    whole = checkpoint.layout.task.endswith("classification")  # one answer a sequence or image, not one a token
+    whole = OUTPUTS[checkpoint.layout.task] == "classes"  # one answer a sequence or image, not one a token
     real = np.ones(len(exact), bool) if whole else inputs["attention_mask"] > 0
     distance = float(np.abs(found[real] - exact[real]).max())
     # The scale of a state is its norm: single elements shrink with the width.

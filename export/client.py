@@ -61,8 +61,8 @@ class Client:
         self._tokenizer: Any = None
 
     def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Answer token sequences (int `[n_i]`): float32 logits `[n_i, vocab]`, an embedding `[hidden]` or
-        classes `[labels]` each.
+        """Answer token sequences (int `[n_i]`): float32 logits `[n_i, vocab]`, an embedding `[hidden]`, classes
+        `[labels]` or `[n_i, labels]` each.
 
         Raises:
             RecipeError: a sequence is empty or too long, or an id lies outside the vocabulary; says which.

@@ -24,7 +24,14 @@ from .client import Client
 from .experts_choice import Word, form_of
 from .images import ImageClient
 
-TASKS = ("feature-extraction", "text-generation", "fill-mask", "text-classification", "image-classification")
+TASKS = (
+    "feature-extraction",
+    "text-generation",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "image-classification",
+)
 
 
 @dataclass(frozen=True, config=STRICT)

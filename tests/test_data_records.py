@@ -13,12 +13,13 @@ import pytest
 from pydantic import ValidationError
 from tersor.compress import How, apply, load_recipe
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.data import Source, overlap
+from tersor.compress.data import UNNAMED, Source, overlap
 from tersor.compress.errors import GateMissed, PreflightError, RecipeError, TersorError
 from tersor.compress.evaluate import evaluate
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.preflight import hash_source
 from tersor.compress.reading import Reader
+from tersor.compress.run import default_metrics
 
 ROWS = [("a fine day", "good", 4.5), ("a, \"bad\" night", "bad", 0.25), ("so so", "good", 2.0)]
 NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -273,3 +274,72 @@ def test_minilm_ranks_sts_b_as_published(part: str, known: float) -> None:
     found = evaluate(TorchScorer(checkpoint), samples, ["spearman"])["spearman"]
     assert found.value == pytest.approx(known, abs=0.001)
     assert found.low < known < found.high
+
+
+# --- words with a class each
+
+
+TAGS = {"num_labels": 3, "id2label": {0: "O", 1: "B", 2: "I"}, "label2id": {"O": 0, "B": 1, "I": 2}}
+
+
+def test_a_words_class_is_asked_of_its_first_token(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    bert, path = tiny("bert", "token-classification", **TAGS), tmp_path / "t.jsonl"
+    path.write_text('{"words": ["Ada", "was", "in", "Rome"], "tags": ["B", "O", 0, "1"]}\n', "utf-8")
+    (sample,) = read(bert, path, field="words", label="tags")
+    assert sample.text == "Ada was in Rome"
+    asked = [(bert.tokenizer.decode([i]), int(t)) for i, t in zip(sample.ids, sample.targets, strict=True) if t >= 0]
+    assert asked == [("A", 1), ("w", 0), ("i", 0), ("R", 1)]
+    (cut,) = read(bert, path, field="words", label="tags", length=6)
+    assert (cut.targets >= 0).sum() == 2
+    answers = np.zeros((len(sample.ids), 3), np.float32)
+    answers[np.arange(len(answers)), np.maximum(sample.targets, 0)] = 1.0
+
+    class Oracle:
+        output, parameters, bytes = "token_classes", 0, 0
+
+        def __init__(self, wrong: int = -1):
+            self.wrong = wrong
+
+        def __call__(self, sequences: Any) -> list[np.ndarray]:
+            found = answers.copy()
+            if self.wrong >= 0:
+                found[self.wrong] = np.roll(found[self.wrong], 1)
+            return [found for _ in sequences]
+
+    first = int(np.flatnonzero(sample.targets >= 0)[0])
+    assert evaluate(Oracle(), [sample], ["token_accuracy"])["token_accuracy"].value == 1.0
+    assert evaluate(Oracle(first), [sample], ["token_accuracy"])["token_accuracy"].value == 0.75
+    assert evaluate(Oracle(first + 1), [sample], ["token_accuracy"])["token_accuracy"].value == 1.0  # not asked
+
+
+def test_text_without_tags_is_compared_at_every_token(tiny: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    bert, path = tiny("bert", "token-classification", **TAGS), tmp_path / "t.txt"
+    path.write_text("one line\nanother\n", "utf-8")
+    samples = read(bert, path)
+    assert [(s.targets == UNNAMED).all() for s in samples] == [True, True]
+    assert default_metrics("token_classes", samples) == ("kl", "top1")
+    scorer, other = TorchScorer(bert), TorchScorer(tiny("bert", "token-classification", seed=1, **TAGS))
+    same = evaluate(scorer, samples, ["kl", "top1"], scorer)
+    assert (same["kl"].value, same["top1"].value) == (0.0, 1.0)
+    assert evaluate(other, samples, ["kl"], scorer)["kl"].value > 0.01
+    with pytest.raises(RecipeError, match="token_accuracy: found samples without what it reads, expected data whose"):
+        evaluate(scorer, samples, ["token_accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"words": ["a", "b"], "tags": ["O"]}', "tags .*'O'.*, expected a list of words and one of their classes"),
+        ('{"words": "a b", "tags": ["O", "O"]}', "words 'a b', expected a list of words"),
+        ('{"words": ["a", 3], "tags": ["O", "O"]}', "expected words"),
+        ('{"words": ["a"], "tags": ["X"]}', "label 'X', expected a class of the model: 0 to 2, or O, B, I"),
+        ('{"words": ["a"]}', "no field 'tags'"),
+    ],
+)
+def test_tags_that_do_not_fit_are_refused(
+    tiny: Callable[..., Checkpoint], tmp_path: Path, record: str, message: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(record, "utf-8")
+    with pytest.raises(RecipeError, match=message):
+        read(tiny("bert", "token-classification", **TAGS), path, field="words", label="tags")

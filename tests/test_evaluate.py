@@ -135,7 +135,7 @@ def test_images_are_answered_alike_in_any_company(tiny: Callable[..., Checkpoint
         TorchScorer(tiny("bert"))(images)
 
 
-@pytest.mark.parametrize(("task", "rows"), [("text-classification", 0), ("fill-mask", 7)])
+@pytest.mark.parametrize(("task", "rows"), [("text-classification", 0), ("fill-mask", 7), ("token-classification", 7)])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "modernbert"])
 def test_encoders_with_heads_answer_as_the_stock_model(
     tiny: Callable[..., Checkpoint], model_type: str, task: str, rows: int

@@ -20,6 +20,7 @@ import torch
 from tersor.compress.arch import architecture, names
 from tersor.compress.checkpoint import Checkpoint, locate
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
+from tersor.compress.evaluate import OUTPUTS
 from tersor.compress.evaluate.pooling import Pooling
 from tersor.export import onnx as exporter
 from tersor.export import parity, runtime, trace
@@ -331,8 +332,8 @@ def test_options_are_strict(tiny: Any) -> None:
     for wrong in ({"inputs": "ragged"}, {"opset": "23"}, {"opset": 17}, {"speed": 1}, {"width": 100}):
         with pytest.raises(ValueError, match="validation error"):
             Onnx(**wrong)
-    with pytest.raises(RecipeError, match="token-classification"):
-        Onnx().requires(replace(tiny("bert").layout, task="token-classification"))
+    with pytest.raises(RecipeError, match="question-answering"):
+        Onnx().requires(replace(tiny("bert").layout, task="question-answering"))
 
 
 def test_attention_arguments_that_are_not_understood_are_refused() -> None:
@@ -349,6 +350,9 @@ def test_attention_arguments_that_are_not_understood_are_refused() -> None:
         ("bert", "text-classification", "packed"),
         ("roberta", "text-classification", "packed-static"),
         ("distilbert", "fill-mask", "packed"),
+        ("bert", "token-classification", "packed"),
+        ("distilbert", "token-classification", "padded"),
+        ("roberta", "token-classification", "packed-static"),
     ],
 )
 def test_other_heads_answer_each_sequence_as_if_alone(
@@ -357,7 +361,7 @@ def test_other_heads_answer_each_sequence_as_if_alone(
     checkpoint = tiny(model_type, task)
     Onnx(inputs=inputs).write(checkpoint, tmp_path, [])
     client = Onnx().open(tmp_path, threads=1)
-    assert client.output == ("classes" if task == "text-classification" else "token_logits")
+    assert client.output == OUTPUTS[task]
     ids = [draw(n, seed=n) for n in (5, 11, 2)]
     alone = [forward(checkpoint, input_ids=torch.from_numpy(i)[None])[0] for i in ids]
     for got, want in zip(client(ids), alone, strict=True):

@@ -169,7 +169,7 @@ def test_every_metric_says_what_it_reads() -> None:
     with pytest.raises(RecipeError, match="which reads embedding, expected metrics for a model that gives classes"):
         check_metrics(["spearman"], "classes")
     assert {name for name, metric in METRICS.items() if metric.needs} == {
-        "accuracy", "macro_f1", "spearman", "pearson", "choice_accuracy", "choice_accuracy_per_byte",
+        "accuracy", "token_accuracy", "macro_f1", "spearman", "pearson", "choice_accuracy", "choice_accuracy_per_byte",
     }  # fmt: skip
     for output in ("logits", "embedding", "classes"):
         labelled, plain = default_metrics(output, classified([1.0])), default_metrics(output, classified([None]))

@@ -83,6 +83,7 @@ ARCHITECTURE = Architecture(
             bias="cls.predictions.bias",
         ),
         "text-classification": (*POOLER, *linear("classifier", "labels", "hidden")),
+        "token-classification": linear("classifier", "labels", "hidden"),
     },
     settings={
         "hidden_act": ANY,

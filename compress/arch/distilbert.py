@@ -65,6 +65,7 @@ ARCHITECTURE = Architecture(
             *linear("pre_classifier", "hidden", "hidden"),
             *linear("classifier", "labels", "hidden"),
         ),
+        "token-classification": linear("classifier", "labels", "hidden"),
     },
     settings={
         "activation": ANY,

@@ -63,6 +63,7 @@ ARCHITECTURE = Architecture(
             Param("decoder.bias", "vocab", when="decoder_bias"),
         ),
         "text-classification": (*HEAD, *linear("classifier", "labels", "hidden")),
+        "token-classification": (*HEAD, *linear("classifier", "labels", "hidden")),
     },
     reads_stream=("head.dense",),
     settings={

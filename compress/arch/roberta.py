@@ -21,5 +21,6 @@ ARCHITECTURE = replace(
             *linear("classifier.dense", "hidden", "hidden"),
             *linear("classifier.out_proj", "labels", "hidden"),
         ),
+        "token-classification": linear("classifier", "labels", "hidden"),
     },
 )

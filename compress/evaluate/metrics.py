@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..data import Sample
+from ..data import UNASKED, Sample
 from ..errors import RecipeError
 from .reductions import REDUCTIONS, Needs, Reduction, cosine, predicted
 from .scorer import Output
 
 Pair = tuple[float, float]
-TOKENS: tuple[Output, ...] = ("logits", "token_logits")
+ANSWERS: tuple[Output, ...] = ("logits", "token_logits", "classes", "token_classes")
 ROWS = 64  # tokens at a time: with usual vocabularies the temporaries stay in the cache
 
 
@@ -64,13 +64,13 @@ class Metric:
 def scored(out: np.ndarray, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """The rows that count, `[m, vocab]`, and what they should have named, int64 `[m]`.
 
-    `out` is `[n, vocab]` or, of a sequence's classes, `[classes]`. Without a label a class has the target −1.
+    `out` is `[n, vocab]` or, of a sequence's classes, `[classes]`. Without a label a class has a target below 0.
     """
     if out.ndim == 1:
         return out[None], np.array([-1 if sample.label is None else int(sample.label)])
     if sample.targets is None:  # a causal model's next token
         return out[:-1], sample.ids[1:]
-    places = np.flatnonzero(sample.targets >= 0)
+    places = np.flatnonzero(sample.targets != UNASKED)
     return out[places], sample.targets[places]
 
 
@@ -140,6 +140,11 @@ def _accuracy(out: np.ndarray, _: np.ndarray | None, sample: Sample) -> Pair:
     return (float(found == sample.label) if math.isfinite(found) else math.nan), 1.0
 
 
+def _token_accuracy(out: np.ndarray, _: np.ndarray | None, sample: Sample) -> Pair:
+    rows, targets = scored(out, sample)
+    return (float((rows.argmax(axis=1) == targets).sum()) if np.isfinite(rows).all() else math.nan), len(targets)
+
+
 def _chosen(answers: Sequence[np.ndarray], sample: Sample, per_byte: bool) -> Pair:
     likelihoods = []
     for out, choice in zip(answers, sample.parts, strict=True):
@@ -164,11 +169,12 @@ SHARE = "share of samples"
 _MEANS = (
     Metric("perplexity", ("logits",), "lower", False, "", _perplexity, _exp),
     Metric("bits_per_byte", ("logits",), "lower", False, "bits a byte", _bits_per_byte),
-    Metric("kl", (*TOKENS, "classes"), "lower", True, "nats a token or sample", _kl),
-    Metric("top1", (*TOKENS, "classes"), "higher", True, "share of tokens or samples", _top1),
+    Metric("kl", ANSWERS, "lower", True, "nats a token or sample", _kl),
+    Metric("top1", ANSWERS, "higher", True, "share of tokens or samples", _top1),
     Metric("cosine", ("embedding",), "higher", True, "", _cosine),
     Metric("masked_loss", ("token_logits",), "lower", False, "nats a masked token", _perplexity),
     Metric("accuracy", ("classes",), "higher", False, SHARE, _accuracy, needs="label"),
+    Metric("token_accuracy", ("token_classes",), "higher", False, "share of tokens", _token_accuracy, needs="tags"),
     Metric("choice_accuracy", ("logits",), "higher", False, SHARE, _choice, float, "choices", True),
     Metric("choice_accuracy_per_byte", ("logits",), "higher", False, SHARE, _choice_per_byte, float, "choices", True),
 )

@@ -22,7 +22,7 @@ import numpy as np
 from ..data import Sample
 from .scorer import Output
 
-Needs = Literal["", "label", "pair", "choices"]
+Needs = Literal["", "label", "pair", "choices", "tags"]
 DRAWS = 1000
 SEED = 0
 

@@ -100,6 +100,7 @@ NEEDS = {
     "label": "data with `label`",
     "pair": "data with `pair`, two fields of text, and `label`, a score",
     "choices": "data with `choices` and `label`, the number of the right one",
+    "tags": "data whose `field` is a list of words and whose `label` is a list of their classes",
 }
 
 
@@ -107,11 +108,16 @@ def check_needs(metric: Metric | Reduction, samples: Sequence[Sample]) -> None:
     """Refuse samples that lack what the metric reads.
 
     Raises:
-        RecipeError: no label, no second text of a pair, no choices.
+        RecipeError: no label, no second text of a pair, no choices, no tags.
     """
     for sample in samples if metric.needs else ():
-        parts = {"label": True, "pair": len(sample.parts) == 2, "choices": len(sample.parts) > 1}[metric.needs]
-        if sample.label is None or not parts:
+        has = {
+            "label": sample.label is not None,
+            "pair": sample.label is not None and len(sample.parts) == 2,
+            "choices": sample.label is not None and len(sample.parts) > 1,
+            "tags": sample.targets is not None and bool((sample.targets >= 0).any()),
+        }
+        if not has[metric.needs]:
             raise RecipeError(f"metrics: {metric.name}", "samples without what it reads", NEEDS[metric.needs])
 
 

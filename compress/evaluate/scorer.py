@@ -7,13 +7,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-Output = Literal["logits", "embedding", "token_logits", "classes"]
+Output = Literal["logits", "embedding", "token_logits", "classes", "token_classes"]
 
 OUTPUTS: dict[str, Output] = {
     "text-generation": "logits",
     "feature-extraction": "embedding",
     "fill-mask": "token_logits",
     "text-classification": "classes",
+    "token-classification": "token_classes",
     "image-classification": "classes",
 }
 """What a model of a task answers, by optimum's task name: the tasks that can be measured."""
@@ -37,6 +38,7 @@ class Scorer(Protocol):
 
         Returns:
             in the order given, float32: `logits` (of the next token) or `token_logits` (of the token itself)
-            `[n_i, vocab]`, an `embedding` `[hidden]`, or `classes` `[labels]`, before any softmax.
+            `[n_i, vocab]`, an `embedding` `[hidden]`, `classes` `[labels]` or `token_classes` `[n_i, labels]`, before
+            any softmax.
         """
         ...

@@ -115,7 +115,7 @@ class OnnxDecoder(Exporter):
             if routed:
                 model, routed = cached(checkpoint, runtime.opset(self.opset), self.experts, "blocks")
                 facts |= routed
-            nbits.quantize(model, facts.get("experts", {}).get("routers", ()))
+            nbits.quantize(model, keep=facts.get("experts", {}).get("routers", ()))
             trace.save(model, directory)
             facts["parity_float32"] = figures
             artifact.write_manifest(directory, facts)

@@ -11,13 +11,13 @@ ONNX Runtime runs fastest. On CPUs with AVX2 but no VNNI it adds pairs of produc
 with weights up to ±127, 3 % of all-MiniLM-L6-v2's sums did, and moved products by 2.7 % (rounding alone: 1.6 %). At
 ±90 one sum in 20,000 does, and the mean cosine rises from .9963 to .9970; at ±64 none can, and it is .9962.
 
-Embedding tables are int8 with one scale a row. Products whose result would move by more than `KEEP` on real tokens,
-because a line's largest entry drowns the rest, stay in float32 and are listed.
+Embedding tables are int8 with one scale a row. Products whose result would move too much on real tokens, because a
+line's largest entry drowns the rest, stay in float32 and are listed (precision.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,6 @@ from .ops import CONTRIB, Ops
 if TYPE_CHECKING:
     from .client import Client
 
-KEEP = 0.1
-"""Relative error ‖ŷ − y‖ / ‖y‖ of one product above which it stays in float32."""
 LEVELS = 90
 """Largest weight in int8, see above."""
 SMALLEST = 1 << 10
@@ -82,13 +80,21 @@ def error(x: np.ndarray, weight: np.ndarray) -> float:
     return moved / max(float(np.linalg.norm(exact)), 1e-30)
 
 
-def choose(model: ir.Model, client: Client, ids: Sequence[np.ndarray]) -> dict[str, float]:
-    """Products that int8 would move by more than `KEEP` on real tokens, with that error.
+def choose(
+    model: ir.Model,
+    client: Client,
+    ids: Sequence[np.ndarray],
+    keep: float = 0.1,
+    error: Callable[[np.ndarray, np.ndarray], float] = error,
+) -> dict[str, float]:
+    """Products that quantisation would move by more than `keep` on real tokens, with that error.
 
     Args:
         model: float32, the one that `client` runs.
         client: for the layout of inputs.
         ids: token sequences, int64 `[n_i]`.
+        keep: the largest share ‖ŷ − y‖ / ‖y‖ by which a result may move.
+        error: that share, for lines `[t, k]` and a weight `[k, n]`.
     """
     import onnxruntime
 
@@ -113,7 +119,7 @@ def choose(model: ir.Model, client: Client, ids: Sequence[np.ndarray]) -> dict[s
     for p in found:
         x = values[str(p.node.inputs[0].name)]  # type: ignore[union-attr]
         errors[p.name] = error(x.reshape(-1, p.weight.shape[0]), p.weight)
-    return {name: value for name, value in errors.items() if value > KEEP}
+    return {name: value for name, value in errors.items() if value > keep}
 
 
 def quantize(model: ir.Model, keep: Sequence[str]) -> None:

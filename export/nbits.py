@@ -1,7 +1,8 @@
-"""Eight-bit weights in blocks: ONNX Runtime's MatMulNBits, and embedding tables in the same form.
+"""Weights of eight or four bits in blocks: ONNX Runtime's MatMulNBits, and embedding tables in the same form.
 
-A weight's row (one output) is cut into blocks of 32 inputs; a block holds q = round(w / s) + 128 in uint8 with one
-float32 scale s = max|w| / 127. Activations are quantised by the kernel, as it goes, over the same blocks
+A weight's row (one output) is cut into blocks of 32 inputs; a block holds q = round(w / s) + 2ᵇ⁻¹ in b bits with one
+float32 scale s = max|w| / (2ᵇ⁻¹ − 1), two values of four bits to a byte, the earlier one low. Tables have eight bits
+whatever the products have. Activations are quantised by the kernel, as it goes, over the same blocks
 (accuracy_level 4), so a token's answer depends on that token alone. The lookup of an embedding gathers blocks and
 scales and multiplies them out; a tied head and its table are then one tensor, as they are in the checkpoint.
 
@@ -22,21 +23,26 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from .ops import CONTRIB, Ops
 
 BLOCK = 32
-MIDDLE = 128
-LEVELS = 127
-"""On either side of 0."""
 INTEGER = 4
 """accuracy_level at which the kernel multiplies integers."""
 SMALLEST = 1 << 10
 """Elements under which a table or a weight is not worth it."""
 
 
-def blocks(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Uint8 `[n, ⌈k / 32⌉, 32]` and scales `[n, ⌈k / 32⌉]` of float32 rows `[n, k]`, padded by zeros."""
+def blocks(rows: np.ndarray, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Uint8 `[n, ⌈k / 32⌉, 32]` below 2ᵇ and scales `[n, ⌈k / 32⌉]` of float32 rows `[n, k]`, padded by zeros."""
     count, width = rows.shape
+    middle = 1 << (bits - 1)
     cut = np.pad(rows, ((0, 0), (0, -width % BLOCK))).reshape(count, -1, BLOCK)
-    scale = np.maximum(np.abs(cut).max(2) / LEVELS, 1e-10).astype(np.float32)
-    return (np.round(cut / scale[:, :, None]) + MIDDLE).astype(np.uint8), scale
+    scale = np.maximum(np.abs(cut).max(2) / (middle - 1), 1e-10).astype(np.float32)
+    return (np.round(cut / scale[:, :, None]) + middle).astype(np.uint8), scale
+
+
+def restored(rows: np.ndarray, bits: int) -> np.ndarray:
+    """What is left of float32 rows `[n, k]` after quantisation, as float32."""
+    small, scale = blocks(rows, bits)
+    whole: np.ndarray = (small.astype(np.float32) - (1 << (bits - 1))) * scale[:, :, None]
+    return whole.reshape(len(rows), -1)[:, : rows.shape[1]]
 
 
 @dataclass
@@ -46,20 +52,25 @@ class Store:
     ops: Ops
     done: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
-    def __call__(self, rows: np.ndarray) -> tuple[ir.Value, ir.Value]:
+    def __call__(self, rows: np.ndarray, bits: int = 8) -> tuple[ir.Value, ir.Value]:
         """Blocks and scales of float32 rows `[n, k]`."""
         rows = np.ascontiguousarray(rows)
-        key = hashlib.sha256(rows.tobytes()).hexdigest()
+        key = f"{bits}-{hashlib.sha256(rows.tobytes()).hexdigest()}"
         if key not in self.done:
-            small, scale = blocks(rows)
+            small, scale = blocks(rows, bits)
+            if bits == 4:
+                small = small[:, :, ::2] | (small[:, :, 1::2] << 4)
             self.done[key] = self.ops.constant_array(small), self.ops.constant_array(scale)
         return self.done[key]
 
 
-def quantize(model: ir.Model, keep: Collection[str] = ()) -> None:
-    """Give every product with a stored weight, and every float32 table, its eight-bit form, in place.
+def quantize(model: ir.Model, bits: int = 8, keep: Collection[str] = ()) -> None:
+    """Give every product with a stored weight, and every float32 table, its small form, in place.
 
-    Products whose result is named in `keep` stay as they are.
+    Args:
+        model: float32.
+        bits: of a weight, 8 or 4.
+        keep: names of results whose products stay.
     """
     graph = model.graph
     store = Store(Ops("blocks"))
@@ -71,7 +82,7 @@ def quantize(model: ir.Model, keep: Collection[str] = ()) -> None:
             table = _stored(node, 0)
             answer = None if table is None else _lookup(ops, store(table), node.inputs[1], table.shape[1])
         else:
-            answer = _product(ops, store, node)
+            answer = _product(ops, store, node, bits)
         if answer is None:
             continue
         old = node.outputs[0]
@@ -96,15 +107,15 @@ def _stored(node: ir.Node, index: int) -> np.ndarray | None:
     return tensor.numpy()
 
 
-def _product(ops: Ops, store: Store, node: ir.Node) -> ir.Value | None:
+def _product(ops: Ops, store: Store, node: ir.Node, bits: int) -> ir.Value | None:
     weight = _stored(node, 1) if node.op_type in ("MatMul", "Gemm") else None
     if weight is None or (node.op_type == "Gemm" and not _plain(node)):
         return None
     across = "transB" in node.attributes and bool(node.attributes["transB"].as_int())
     rows = weight if across else weight.T
     count, width = rows.shape
-    options = {"K": width, "N": count, "bits": 8, "block_size": BLOCK, "accuracy_level": INTEGER}
-    answer = ops("MatMulNBits", node.inputs[0], *store(rows), domain=CONTRIB, **options)
+    options = {"K": width, "N": count, "bits": bits, "block_size": BLOCK, "accuracy_level": INTEGER}
+    answer = ops("MatMulNBits", node.inputs[0], *store(rows, bits), domain=CONTRIB, **options)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return answer if bias is None else ops("Add", answer, bias)
 
@@ -116,7 +127,7 @@ def _plain(node: ir.Node) -> bool:
 
 def _lookup(ops: Ops, stored: tuple[ir.Value, ir.Value], ids: ir.Value | None, width: int) -> ir.Value:
     small, scale = (ops("Gather", part, ids) for part in stored)
-    shifted = ops("Sub", ops("Cast", small, to=ir.DataType.FLOAT), ops.constant(MIDDLE, np.float32))
+    shifted = ops("Sub", ops("Cast", small, to=ir.DataType.FLOAT), ops.constant(128, np.float32))
     spread = ops("Mul", shifted, ops("Unsqueeze", scale, ops.constant([-1])))
     rank = ops("Shape", ids)
     whole = ops("Reshape", spread, ops("Concat", rank, ops.constant([-1]), axis=0))

@@ -1,7 +1,13 @@
 """The exporter `onnx`: an encoder's features or a decoder's scores as one ONNX file, held against float64.
 
-Float32, or int8 on top of it: ONNX Runtime's CPU has no bfloat16 MatMul and rewrites float16 to float32. What is
-written either passes parity (parity.py) or does not exist. An int8 file is first a float32 file that passes.
+Float32, or one of four small precisions on top of it (precision.py): ONNX Runtime's CPU has no bfloat16 MatMul and
+rewrites float16 to float32. What is written either passes parity (parity.py) or does not exist. A small file is first a
+float32 file that passes, and how much it may lose then is the recipe's gate to say:
+
+    precision: int8           a scale a token; the fastest, and no answer depends on its neighbours in the call
+    precision: int8-dynamic   ONNX Runtime's quantize_dynamic: a scale a call, so answers move with their neighbours
+    precision: int8-block     weights in blocks of 32 with a scale each; the most exact, slower on many tokens
+    precision: int4-block     likewise in four bits; the smallest file
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ class Onnx(Exporter):
     Attributes:
         inputs: `packed` takes several sequences a row (segment numbers in `attention_mask`) and removes padding inside
             the graph; `padded` one a row, otherwise the same; `packed-static` is for runtimes without dynamic shapes.
-        precision: of products and tables; `int8` keeps a scale a token (int8.py).
+        precision: of products and tables, see above; products that it would hurt stay in float32 and are listed.
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
         experts: how a mixture's experts run: `branches` of standard operators, ONNX Runtime's own `operator`, the
             `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (experts_choice.py).
@@ -50,7 +56,7 @@ class Onnx(Exporter):
     """
 
     inputs: Literal["padded", "packed", "packed-static"] = "packed"
-    precision: Literal["float32", "int8"] = "float32"
+    precision: Literal["float32", "int8", "int8-dynamic", "int8-block", "int4-block"] = "float32"
     opset: int | None = Field(default=None, ge=23, le=24)
     experts: Word = "auto"
     width: Literal[128, 256, 512] = 256
@@ -75,6 +81,9 @@ class Onnx(Exporter):
                 "an architecture that does",
             )
         if layout.arch.experts is not None:
+            if self.precision not in ("float32", "int8"):
+                found = f"{self.precision} of a mixture of experts"
+                raise RecipeError("export: onnx: precision", found, "float32 or int8")
             form_of(self.experts, self.precision, layout, self.inputs == "packed-static")
         note = f"onnx: {self.precision}, {self.inputs} input"
         return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
@@ -96,7 +105,7 @@ class Onnx(Exporter):
             raise
 
     def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
-        from . import artifact, images, int8, parity, readme, runtime, trace
+        from . import artifact, images, int8, parity, precision, readme, runtime, trace
         from .build import build
 
         opset = runtime.opset(self.opset)
@@ -113,15 +122,18 @@ class Onnx(Exporter):
         artifact.write_manifest(directory, facts)
         client = Client(directory, threads=1)
         figures = parity.hold(checkpoint, client, samples)
-        if self.precision == "int8":
-            kept = int8.choose(model, client, parity.sample(client, samples))
+        if self.precision != "float32":
+            way = precision.PRECISIONS[self.precision]
+            kept = int8.choose(model, client, parity.sample(client, samples), way.keep, way.error)
+            named = precision.by_parameter(checkpoint, int8.products(model.graph), kept)
             if "experts" in facts:
                 model, facts = build(checkpoint, self.inputs, opset, static, self.experts, "int8")
-            int8.quantize(model, [*kept, *facts.get("experts", {}).get("routers", ())])
-            trace.save(model, directory)
-            facts = {**facts, "precision": "int8", "kept_float32": kept, "parity_float32": figures}
+            small = way.quantize(model, [*kept, *facts.get("experts", {}).get("routers", ())])
+            trace.save(small, directory)
+            facts = {**facts, "precision": self.precision, "kept_float32": named, "keep_above": way.keep}
+            facts["parity_float32"] = figures
             artifact.write_manifest(directory, facts)
-            figures = parity.hold_int8(checkpoint, Client(directory, threads=1), samples)
+            figures = parity.hold_small(checkpoint, Client(directory, threads=1), samples, way.apart)
         return artifact.write_manifest(directory, {**facts, "parity": figures})
 
     def open(self, directory: Path, threads: int | None = None) -> Client | ImageClient:

@@ -26,7 +26,7 @@ EXTERNAL_ABOVE = 1 << 30
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's notices are about its own insides; what matters is checked by parity."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -62,7 +62,7 @@ def trace(
     Returns:
         the model, stripped (see `strip`).
     """
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module.eval(),

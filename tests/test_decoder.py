@@ -273,19 +273,18 @@ def perplexity(generator: Generator, ids: list[np.ndarray]) -> float:
 
 
 def test_int8_passes_a_gate_that_coarser_weights_miss(
-    embedded: tuple[Checkpoint, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    embedded: tuple[Checkpoint, Path], tmp_path: Path
 ) -> None:
     plain = endless(embedded[1])
     lines = package_path("package:tersor.recipes/quickstart/text/heldout.jsonl", "text").read_text("utf-8").splitlines()
     ids = [plain.tokenize(json.loads(line)["text"])[:128] for line in lines[:12]]
     gate, before = Gate(metric="perplexity", max_increase="0.5%"), {"perplexity": perplexity(plain, ids)}
     kept = {}
-    for levels in (128, 4):
-        directory = shutil.copytree(embedded[1], tmp_path / str(levels))
+    for bits in (8, 4):
+        directory = shutil.copytree(embedded[1], tmp_path / str(bits))
         model = ir.load(directory / "model.onnx")
-        monkeypatch.setattr(nbits, "LEVELS", levels - 1)
-        nbits.quantize(model)
+        nbits.quantize(model, bits)
         ir.save(model, directory / "model.onnx")
         scores = {"perplexity": perplexity(Generator(directory, threads=1), ids)}
-        kept[levels] = judge(gate, scores, before).passed
-    assert kept == {128: True, 4: False}
+        kept[bits] = judge(gate, scores, before).passed
+    assert kept == {8: True, 4: False}

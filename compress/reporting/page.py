@@ -45,6 +45,7 @@ def render(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Seq
             stages=_stage_table(metrics, blocks),
             asked=list(_asked(plan)),
             gates=report.gates(journal),
+            precisions=report.precisions(journal),
             figures=list(_figures(metrics, blocks)),
             steps=[_step(entry, number, plan) for number, entry in enumerate(_done(journal))],
             lock=lock,

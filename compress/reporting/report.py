@@ -149,6 +149,23 @@ def _parity(parity: Mapping[str, Any] | None) -> str:
     return f"{worst['error']:.1e}, {worst['limit']:.1e}"
 
 
+def precisions(journal: Sequence[Entry]) -> list[str]:
+    """A line for each artifact that is not float32: which products stayed, and why."""
+    lines = []
+    for entry in journal:
+        artifact = entry.get("artifact") or {}
+        if "kept_float32" not in artifact:
+            continue
+        kept, precision = artifact["kept_float32"], artifact["precision"]
+        if not kept:
+            lines.append(f"{entry['step']}: {precision} in every product.")
+            continue
+        listed = ", ".join(f"{name} ({error:.0%})" for name, error in kept.items())
+        why = f"{precision} would move their results by more than {artifact['keep_above']:.0%}"
+        lines.append(f"{entry['step']}: {precision}, but for what stays in float32 because {why}: {listed}.")
+    return lines
+
+
 def markdown_table(table: Sequence[Sequence[str]]) -> str:
     """Rows as a Markdown table, numbers to the right."""
     head, *body = table
@@ -191,6 +208,7 @@ def write(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Sequ
         metrics=metrics,
         table=markdown_table(rows(metrics)),
         gates=gates(journal),
+        precisions=precisions(journal),
         steps=[e for e in journal if "seconds" in e],
         lock=lock,
         size=size,

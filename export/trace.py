@@ -28,7 +28,7 @@ EXTERNAL_ABOVE = 1 << 30
 @contextmanager
 def quiet() -> Iterator[None]:
     """The exporter's notices are about its own insides; what matters is checked by parity."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(n) for n in ("", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

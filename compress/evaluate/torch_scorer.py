@@ -2,7 +2,8 @@
 
 Sequences are sorted by length and run in right-padded batches under a token budget, so that little is
 computed for padding; answers come back in the order given. Right padding with a mask leaves real tokens
-alone: causal attention never looks at it, encoders mask it. Images run in batches of one size.
+alone: causal attention never looks at it, encoders mask it. Answers to one question, which share its context, are one
+row of a causal model (tree.py). Images run in batches of one size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from ..errors import RecipeError
 from .pooling import Pooling
 from .scorer import OUTPUTS, Output
+from .tree import Tree, sees_everything, trees
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -78,6 +80,9 @@ class TorchScorer:
         self._pixels = checkpoint.layout.arch.inputs == "pixels"
         if self._pixels and self.output != "classes":
             raise RecipeError("task", f"{task!r} of images", "image-classification")
+        layout = checkpoint.layout
+        self._first = layout.first_position
+        self._shares = self.output == "logits" and layout.arch.position_ids and sees_everything(layout.config)
         self._limit = positions(checkpoint)
         self._vocabulary = checkpoint.layout.families.get("vocab", 0)
 
@@ -124,11 +129,28 @@ class TorchScorer:
                 f"ids below {self._vocabulary}",
                 "The tokenizer is of another model.",
             )
-        answers: list[np.ndarray | None] = [None] * len(sequences)
-        for batch in batches(lengths, TOKENS):
-            for index, answer in zip(batch, self._batch([sequences[i] for i in batch]), strict=True):
-                answers[index] = answer
-        return [answer for answer in answers if answer is not None]
+        rows = trees(sequences) if self._shares else [Tree((sequence,), len(sequence)) for sequence in sequences]
+        answers: list[list[np.ndarray]] = [[] for _ in rows]
+        for batch in batches(list(map(len, rows)), TOKENS):
+            several = any(len(rows[i].sequences) > 1 for i in batch)
+            found = self._branched([rows[i] for i in batch]) if several else self._batch([rows[i].ids for i in batch])
+            for index, answer in zip(batch, found, strict=True):
+                answers[index] = rows[index].split(answer) if several else [answer]
+        return [answer for row in answers for answer in row]
+
+    def _branched(self, rows: Sequence[Tree]) -> list[np.ndarray]:
+        """Logits of whole rows, `[len, vocab]` each."""
+        width = max(map(len, rows))
+        ids, places = (torch.zeros((len(rows), width), dtype=torch.int64) for _ in range(2))
+        seen = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no softmax is empty
+        for row, tree in enumerate(rows):
+            ids[row, : len(tree)] = torch.from_numpy(tree.ids)
+            places[row, : len(tree)] = torch.from_numpy(tree.positions)
+            seen[row, : len(tree), : len(tree)] = torch.from_numpy(tree.mask)
+        mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
+        asked = {"input_ids": ids, "position_ids": places + self._first, "attention_mask": mask, "use_cache": False}
+        logits = self._model(**asked).logits.float()
+        return [logits[row, : len(tree)].numpy() for row, tree in enumerate(rows)]
 
     def _batch(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         width = max(map(len, sequences))

@@ -2,6 +2,7 @@
 
     python benchmarks/swat.py speed
     python benchmarks/swat.py memory
+    python benchmarks/swat.py onnx
     python benchmarks/swat.py accuracy [--mnist FOLDER] [--cifar FILE.npz] [--seeds 5] [--plot FILE.png]
     python benchmarks/swat.py text [--seeds 3]
 
@@ -172,6 +173,47 @@ def memory() -> None:
                     del y
             dense = dense or found.total
             print(f"| {name} | {case} | {found.total / dense:.1%} |")
+
+
+def onnx(rounds: int) -> None:
+    """An MLP after structured training in ONNX Runtime: dense, with its zeros, and without them."""
+    import tempfile
+
+    import onnxruntime
+    from tersor.export import trace, zeros
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = feed_forward()
+        x = x[None, :256]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    print("| MLP 768→3072→768, 256 tokens | ms | × dense | largest difference |\n|---|---|---|---|")
+
+    def session(remove: bool) -> Any:
+        graph = trace.trace(model, [x.repeat(2, 1, 1)], ["x"], ["y"], 23, axes={0: "batch"})
+        if remove:
+            zeros.shrink(graph)
+        with tempfile.TemporaryDirectory() as folder:
+            trace.save(graph, Path(folder))
+            return onnxruntime.InferenceSession(Path(folder) / trace.MODEL_FILE, options, ["CPUExecutionProvider"])
+
+    rows, truth = {"dense": session(False)}, {"dense": model(x).detach().numpy()}
+    for share in (0.5, 0.8, 0.9):
+        with swat(model, mode="structured", weights=share, activations=share, ramp="none", exempt=(), steps=1):
+            pass
+        rows |= {f"{share:.0%} zeros": session(False), f"{share:.0%} compacted": session(True)}
+        truth |= dict.fromkeys((f"{share:.0%} zeros", f"{share:.0%} compacted"), model(x).detach().numpy())
+    spent: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, run_session in rows.items():
+            began = time.process_time()
+            y = run_session.run(None, {"x": x.numpy()})[0]
+            spent[name].append(time.process_time() - began)
+            truth[f"{name} error"] = np.abs(y - truth[name]).max()
+    for name, times in spent.items():
+        ratio = statistics.median(a / b for a, b in zip(spent["dense"], times, strict=True))
+        print(f"| {name} | {statistics.median(times) * 1e3:.1f} | {ratio:.2f} | {truth[f'{name} error']:.1g} |")
 
 
 @dataclass
@@ -434,7 +476,7 @@ def plot(task: Task, chosen: list[Method], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("table", nargs="*", default=["speed", "memory", "accuracy"])
+    parser.add_argument("table", nargs="*", default=["speed", "memory", "onnx", "accuracy"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int)
@@ -449,6 +491,8 @@ def main() -> None:
         speed(options.rounds)
     if "memory" in options.table:
         memory()
+    if "onnx" in options.table:
+        onnx(options.rounds)
     tasks = []
     if "accuracy" in options.table:
         tasks += [] if options.without_digits else [digits()]

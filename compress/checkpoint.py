@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arch import understood
+from .deferred import Deferred, Store, lent
 from .errors import PreflightError, RecipeError
 from .layout import BYTES, Layout, model_class
 from .paths import package_path
@@ -150,6 +151,7 @@ class Checkpoint:
             by relative path.
         checks: promises of the passes so far.
         history: one entry a pass, for the model card.
+        lean: the weights stay in their files, and float32 models over them make each weight when it is used.
     """
 
     layout: Layout
@@ -158,6 +160,7 @@ class Checkpoint:
     side_files: dict[str, bytes] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    lean: bool = False
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -171,8 +174,13 @@ class Checkpoint:
         return found
 
     @classmethod
-    def load(cls, directory: Path, task: str | None = None) -> Checkpoint:
+    def load(cls, directory: Path, task: str | None = None, lean: bool = False) -> Checkpoint:
         """Read a directory written by `save_pretrained`: safetensors, sharded or not, or torch files (weights only).
+
+        Args:
+            directory: where it lies.
+            task: optimum's name, or None for the config's.
+            lean: map the files into memory instead of reading them, where they hold the weights by their own names.
 
         Raises:
             PreflightError: weights missing, truncated, or not finite.
@@ -183,6 +191,9 @@ class Checkpoint:
             (directory / name).exists() for name in (*WEIGHTS, "pytorch_model.bin", "pytorch_model.bin.index.json")
         ):
             raise PreflightError(str(directory), "no weights", " or ".join(WEIGHTS))
+        if lean and (tensors := mapped(directory, layout)) is not None:
+            side_files = read_side_files(directory)
+            return cls(layout, tensors, load_tokenizer(directory), side_files, lean=True).verified(str(directory))
         try:
             with quiet():
                 model, info = model_class(layout.config, layout.task).from_pretrained(
@@ -210,9 +221,13 @@ class Checkpoint:
                     f"{len(wrong)} {kind.replace('_', ' ')}, first {wrong[0]}",
                     "the config's parameters, each once",
                 )
-        checkpoint = cls(layout, named_parameters(model), load_tokenizer(directory), read_side_files(directory))
-        checkpoint.verify(str(directory))
-        return checkpoint
+        side_files = read_side_files(directory)
+        return cls(layout, named_parameters(model), load_tokenizer(directory), side_files).verified(str(directory))
+
+    def verified(self, place: str) -> Checkpoint:
+        """The checkpoint, after `verify`."""
+        self.verify(place)
+        return self
 
     def verify(self, place: str) -> None:
         """Names and shapes are the layout's; every value is finite.
@@ -233,11 +248,24 @@ class Checkpoint:
                 raise PreflightError(f"{place}: {name}", f"{bad} values that are NaN or infinite", "finite weights")
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """A transformers module over these tensors, in eval mode, sharing storage where the dtype allows."""
-        seen: dict[int, torch.Tensor] = {}
-        state = {n: seen.setdefault(id(t), _cast(t.detach(), dtype)) for n, t in self.tensors.items()}
+        """A transformers module over these tensors, in eval mode, sharing storage where the dtype allows.
+
+        In float32, weights of a lean checkpoint and deferred ones are made when they are used.
+        """
+        held = any(isinstance(t, Deferred) for t in self.tensors.values())
+        return self._module(dtype, late=dtype == torch.float32 and (self.lean or held))
+
+    def _module(self, dtype: torch.dtype, late: bool) -> PreTrainedModel:
         import copy
 
+        seen: dict[int, torch.Tensor] = {}
+        hollow = {n for n, t in self.tensors.items() if late and t.ndim > 1}
+        nothing = torch.zeros((), dtype=dtype)
+
+        def part(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return nothing.expand(tensor.shape) if name in hollow else _cast(tensor.detach(), dtype)
+
+        state = {n: seen.setdefault(id(t), part(n, t)) for n, t in self.tensors.items()}
         config = copy.deepcopy(self.config)
         config.dtype = dtype
         with quiet():
@@ -247,6 +275,12 @@ class Checkpoint:
         model.tie_weights()
         if self.layout.arch.experts is not None and dtype == torch.float64:
             model.set_experts_implementation("eager")  # torch has no grouped product of float64
+        store, made = Store(self.dtype), dict[int, torch.nn.Parameter]()
+        for name in hollow:
+            tensor = self.tensors[name]
+            module, _, leaf = name.rpartition(".")
+            weight = made.setdefault(id(tensor), torch.nn.Parameter(lent(name, tensor, store), requires_grad=False))
+            setattr(model.get_submodule(module), leaf, weight)
         found: PreTrainedModel = model.eval().requires_grad_(False)
         return found
 
@@ -255,7 +289,7 @@ class Checkpoint:
         own = {n: layout.tensors[n].dtype for n in tensors}
         cast = {
             n: _cast(t, getattr(torch, own[n]) if own[n] else self.dtype).contiguous()
-            for n, t in tensors.items()
+            for n, t in ((n, t.settle() if isinstance(t, Deferred) else t) for n, t in tensors.items())
             if not layout.tensors[n].shared_with
         }
         for name, tensor in layout.tensors.items():
@@ -266,7 +300,7 @@ class Checkpoint:
 
     def save(self, directory: Path, card: str = "") -> None:
         """Write a plain `from_pretrained` directory: config, safetensors, tokenizer, side files, model card."""
-        model = self.model(self.dtype)
+        model = self._module(self.dtype, late=False)
         model.config.dtype = self.dtype
         with quiet(), system_errors(directory):
             model.save_pretrained(directory)
@@ -298,6 +332,26 @@ def system_errors(directory: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+
+
+def mapped(directory: Path, layout: Layout) -> dict[str, torch.Tensor] | None:
+    """The weights of a directory by name, in memory only while they are read; None if its files name them otherwise."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    try:
+        for path in sorted(directory.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError:  # the usual way of loading says what is wrong
+        return None
+    for name, tensor in layout.tensors.items():
+        if tensor.shared_with in found:
+            found[name] = found[tensor.shared_with]
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in found.values()}
+    if found.keys() != layout.tensors.keys() or dtypes != {layout.dtype}:
+        return None
+    return {name: found[name] for name in layout.tensors}
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:

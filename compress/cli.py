@@ -109,6 +109,9 @@ def apply_(
     smoke: Annotated[bool, typer.Option("--smoke", help="Try the recipe in seconds on a shrunk random model.")] = False,
     offline: OfflineOption = False,
     threads: ThreadsOption = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Such as 4GB [default: what is available].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a recipe: passes, gates, export, report."""
@@ -122,7 +125,8 @@ def apply_(
     if resume and output is None:
         raise RecipeError("--resume", "no --output", "the folder of the run to continue")
     progress = Progress(None if as_json else Console(stderr=True))
-    how = run.How(output, resume, offline, threads, enforce=not smoke, progress=progress)
+    limit = _size(max_memory)
+    how = run.How(output, resume, offline, threads, enforce=not smoke, max_memory=limit, progress=progress)
     loaded = _recipe(recipe, model, overrides)
     try:
         outcome = _smoke(loaded, how) if smoke else run.apply(loaded, how)
@@ -133,6 +137,16 @@ def apply_(
             terminal.answer(metrics, as_json, lambda m: terminal.outcome(m, directory))
         raise
     terminal.answer(outcome.metrics, as_json, lambda m: terminal.outcome(m, None if smoke else outcome.directory))
+
+
+def _size(text: str | None) -> int | None:
+    from .errors import RecipeError
+    from .preflight import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError:
+        raise RecipeError("--max-memory", repr(text), "a size such as 4GB or 800MB") from None
 
 
 def _smoke(recipe: Recipe, how: Any) -> Any:

@@ -36,6 +36,7 @@ class Forecast:
         memory: bytes above the weights that the step needs at its peak.
         notes: lines for people: the grid taken, where parameters go.
         exact: whether the step must deliver these shapes; False where only the weights say how much leaves.
+        lean: bytes that it needs at its peak when weights stay in their files; None if it cannot work so.
         disk: bytes that the step keeps in `Context.folder` while it runs.
     """
 
@@ -43,6 +44,7 @@ class Forecast:
     memory: int = 0
     notes: tuple[str, ...] = ()
     exact: bool = True
+    lean: int | None = None
     disk: int = 0
 
 

@@ -9,6 +9,7 @@ what the pass says it needs) and a measurement (original and result as float32 m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class PlannedStep:
         memory: predicted peak of the process in bytes while the step runs.
         notes: lines for people.
         disk: bytes of state that the step keeps while it runs.
+        lean: the same when weights stay in their files; None if the step cannot work so.
     """
 
     name: str
@@ -48,6 +50,7 @@ class PlannedStep:
     memory: int
     notes: tuple[str, ...]
     disk: int = 0
+    lean: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -92,6 +95,14 @@ class Plan:
         return max([step.memory for step in self.steps], default=scoring_memory(self.layout, self.layout, self.recipe))
 
     @property
+    def lean_memory(self) -> int | None:
+        """Predicted peak of the process when weights stay in their files, in bytes; None if a step needs them whole."""
+        steps = [step.lean for step in self.steps]
+        if None in steps:
+            return None
+        return max([*filter(None, steps), lean_scoring_memory(self.layout, self.recipe)])
+
+    @property
     def disk(self) -> int:
         """Bytes the run directory needs at its fullest: every pass' result, the model, the artifacts in float32."""
         artifacts = sum(step.layout.parameters * 4 for step in self.exports)
@@ -109,6 +120,7 @@ class Plan:
             "steps": [step.as_dict() for step in self.steps],
             "result": {"parameters": self.final.parameters, "bytes": self.final.bytes},
             "peak_memory": self.peak_memory,
+            "lean_memory": self.lean_memory,
             "disk": self.disk,
         }
 
@@ -119,6 +131,19 @@ def scoring_memory(original: Layout, result: Layout, recipe: Recipe) -> int:
     tokens = 16 * (heldout.length if heldout else 128)
     logits = 6 * tokens * result.families.get("vocab", 0) * 4 if result.task == "text-generation" else 0
     return PROCESS + SCORING + 4 * (original.parameters + result.parameters) + original.bytes + result.bytes + logits
+
+
+def lean_scoring_memory(layout: Layout, recipe: Recipe) -> int:
+    """Peak bytes while two models are scored whose weights are made when they are used."""
+    heldout = recipe.data.heldout
+    tokens = 16 * (heldout.length if heldout else 128)
+    logits = 6 * tokens * layout.families.get("vocab", 0) * 4 if layout.task == "text-generation" else 0
+    return PROCESS + SCORING + 3 * lean_weight(layout) + logits
+
+
+def lean_weight(layout: Layout) -> int:
+    """Bytes of the largest weight in float64."""
+    return 8 * max(math.prod(shape) for shape in layout.shapes().values())
 
 
 def _check_metrics(recipe: Recipe, task: str, inputs: str) -> None:
@@ -162,6 +187,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
             raise error.at(recipe.place("passes", number)) from error
         working = PROCESS + original.bytes + layout.bytes + forecast.layout.bytes + forecast.memory
         memory = max(working, scoring_memory(original, forecast.layout, recipe))
+        lean = None if forecast.lean is None else PROCESS + forecast.lean
         passes.append(
             PlannedStep(
                 f"{number + 1}-{step.use}",
@@ -172,6 +198,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
                 memory,
                 forecast.notes,
                 forecast.disk,
+                lean,
             )
         )
         layout = forecast.layout

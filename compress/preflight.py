@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -24,8 +25,16 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = ("tersor", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy", "safetensors")
 
 
-def check(plan: Plan, output: Path) -> None:
+def check(plan: Plan, output: Path, max_memory: int | None = None) -> bool:
     """Refuse a run that the machine cannot carry.
+
+    Args:
+        plan: of the run.
+        output: its directory.
+        max_memory: bytes that the run may use, or None for what is available.
+
+    Returns:
+        whether weights must stay in their files.
 
     Raises:
         PreflightError: names what is short and by how much.
@@ -36,12 +45,30 @@ def check(plan: Plan, output: Path) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         available = min(available, soft)
-    if plan.peak_memory > available:
-        raise PreflightError("memory", f"{size(available)} available", f"{size(plan.peak_memory)} (see tersor plan)")
+    allowed = min(available, max_memory or available)
+    lean = plan.peak_memory > allowed
+    if lean and (plan.lean_memory is None or plan.lean_memory > allowed):
+        needed = plan.peak_memory if plan.lean_memory is None else plan.lean_memory
+        found = f"{size(allowed)} allowed" if allowed < available else f"{size(available)} available"
+        raise PreflightError("memory", found, f"{size(needed)} (see tersor plan)")
     existing = next(p for p in (output, *output.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if plan.disk > free:
         raise PreflightError(f"--output {output}", f"{size(free)} free on its disk", size(plan.disk))
+    return lean
+
+
+def parse_size(text: str) -> int:
+    """`3.5GB` → 3,500,000,000; units as in `size`, or none for bytes.
+
+    Raises:
+        ValueError: no size.
+    """
+    found = re.fullmatch(r"([0-9.]+) *(B|kB|MB|GB|TB)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ValueError(text)
+    powers = {"": 0, "b": 0, "kb": 1, "mb": 2, "gb": 3, "tb": 4}
+    return int(float(found[1]) * 1000 ** powers[(found[2] or "").lower()])
 
 
 def size(number: float) -> str:

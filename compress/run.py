@@ -74,6 +74,8 @@ class How:
         offline: never ask a hub.
         threads: CPU threads for torch and ONNX Runtime, or None for the machine's cores.
         enforce: whether a missed gate ends the run (a smoke run only reports it).
+        max_memory: bytes the run may use, or None for what is available: a checkpoint that needs more stays in its
+            files, and every weight is made when it is used.
         progress: where to say what happens.
     """
 
@@ -82,6 +84,7 @@ class How:
     offline: bool = False
     threads: int | None = None
     enforce: bool = True
+    max_memory: int | None = None
     progress: Progress = field(default_factory=Progress)
 
 
@@ -134,25 +137,25 @@ def apply(recipe: Recipe, how: How | None = None) -> Outcome:
     how = how or How()
     source, plan = resolve(recipe, how)
     output = how.output or next_free(Path("runs") / recipe.name)
-    preflight.check(plan, output)
+    lean = preflight.check(plan, output, how.max_memory)
     with RunDirectory(output) as directory, preflight.threads(how.threads):
         directory.open(preflight.lock(recipe, source), how.resume)
         write_atomic(output / "recipe.yaml", recipe.to_yaml())
         write_atomic(output / "plan.json", to_json(plan.as_dict()))
-        return _Run(plan, how, source, directory).go()
+        return _Run(plan, how, source, directory, lean).go()
 
 
 class _Run:
     """The steps of one run, in the order of `go`."""
 
-    def __init__(self, plan: Plan, how: How, source: Path, directory: RunDirectory):
+    def __init__(self, plan: Plan, how: How, source: Path, directory: RunDirectory, lean: bool):
         from .checkpoint import Checkpoint
         from .evaluate.torch_scorer import TorchScorer
 
-        self.plan, self.how, self.source, self.directory = plan, how, source, directory
+        self.plan, self.how, self.source, self.directory, self.lean = plan, how, source, directory, lean
         self.recipe, self.progress = plan.recipe, how.progress
         with self.progress.step(f"read {self.recipe.model}"):
-            self.original: Checkpoint = Checkpoint.load(source, self.recipe.task)
+            self.original: Checkpoint = Checkpoint.load(source, self.recipe.task, lean)
             self.calibration = self._read("calibration", self.recipe.seed)
             self.heldout = self._read("heldout", None)
         self.reference: Scorer = TorchScorer(self.original, how.threads)
@@ -226,7 +229,11 @@ class _Run:
         from .checkpoint import Checkpoint
 
         checkpoint = Checkpoint(
-            self.original.layout, dict(self.original.tensors), self.original.tokenizer, dict(self.original.side_files)
+            self.original.layout,
+            dict(self.original.tensors),
+            self.original.tokenizer,
+            dict(self.original.side_files),
+            lean=self.original.lean,
         )
         if self.plan.start.dtype != self.original.layout.dtype:
             checkpoint.become(self.plan.start, checkpoint.tensors)
@@ -240,7 +247,7 @@ class _Run:
                 with self.progress.step(f"{step.use} ({step.name})"):
                     checkpoint, entry = self._apply(number, step, checkpoint)
             elif number == done - 1:
-                checkpoint = Checkpoint.load(self._where(step.name), self.recipe.task)
+                checkpoint = Checkpoint.load(self._where(step.name), self.recipe.task, self.lean)
             promises = [*promises, *step.options.checks(entry["details"])]
             gates = self.recipe.passes[number].gate if self.plan.passes else ()
             self._gate(step.name, entry["scores"], gates + (self.recipe.gate if number == len(steps) - 1 else ()))
@@ -278,7 +285,7 @@ class _Run:
         seconds = time.perf_counter() - started
         with written_beside(self.directory.step(step.name)) as beside:
             checkpoint.save(beside)
-        saved = Checkpoint.load(self.directory.step(step.name), self.recipe.task)
+        saved = Checkpoint.load(self.directory.step(step.name), self.recipe.task, self.lean)
         entry = {
             "step": step.name,
             "use": step.use,
@@ -350,7 +357,7 @@ class _Run:
         from .checkpoint import Checkpoint
         from .evaluate.torch_scorer import TorchScorer
 
-        if self.directory.entry("latency") is not None:
+        if self.directory.entry("latency") is not None or self.lean:  # weights made at every use time their making
             return
         with self.progress.step("measure latency"):
             scorers: dict[str, Scorer] = {"original": self.reference}

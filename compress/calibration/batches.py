@@ -10,6 +10,9 @@ import torch
 from ..errors import PreflightError
 from ..layout import Layout
 
+BATCH_TOKENS = 4096
+"""Tokens of one forward: enough for the matrix products to run at full speed."""
+
 
 class Batch:
     """Sequences of one forward.
@@ -41,7 +44,7 @@ class Batch:
         return flat if self.real is None else flat[self.real.flatten()]
 
 
-def batches(sequences: Sequence[np.ndarray], layout: Layout, tokens: int = 4096) -> list[Batch]:
+def batches(sequences: Sequence[np.ndarray], layout: Layout, tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Sequences in batches of about `tokens` tokens (pixels: of 16 images), alike in length."""
     if layout.arch.inputs == "pixels":
         return [Batch(sequences[i : i + 16], pixels=True) for i in range(0, len(sequences), 16)]

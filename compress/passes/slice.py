@@ -21,13 +21,14 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..calibration.batches import batches
+from ..calibration.batches import BATCH_TOKENS, batches
 from ..checkpoint import Check, Checkpoint
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
+from ..plan import lean_weight
 from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
-from ..slicing.cutter import Cutter
+from ..slicing.cutter import BACKWARD_TOKENS, Cutter
 from ..slicing.fuse import norms, restate, rotatable, tied_heads
 from ..slicing.refit import HELD
 
@@ -70,7 +71,8 @@ class Slice(Pass):
         chosen = [typical] if self._fixed(layout, options) else options
         far = max(abs(restate(layout, option).parameters - after.parameters) for option in chosen)
         exact = far <= 2 * TOLERANCE * layout.parameters
-        return Forecast(after, memory(layout, after), self._notes(layout, options, typical), exact)
+        notes, lean = self._notes(layout, options, typical), lean_memory(layout)
+        return Forecast(after, memory(layout, after), notes, exact, lean)
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Measure, choose sizes, cut and refit."""
@@ -80,9 +82,10 @@ class Slice(Pass):
         options = self._options(layout)
         cutter = Cutter.measured(checkpoint, options, context, self.ridge)
         measured = time.perf_counter()
-        chosen, losses = self._choose(cutter, options, context)
+        chosen, losses = cutter.kept.value("chosen") or self._choose(cutter, options, context)
+        cutter.kept.keep("chosen", [chosen, losses])
         searched = time.perf_counter()
-        after, tensors, fits = cutter.cut(chosen, batches(context.calibration, layout), context)
+        after, tensors, fits = cutter.cut(chosen, batches(context.calibration, layout), context, cutter.kept)
         checkpoint.become(after, tensors)
         context.details.update(
             requested=self.remove,
@@ -185,6 +188,16 @@ def memory(before: Layout, after: Layout) -> int:
     d, depth = before.families["hidden"], before.depth
     models = 4 * (3 * before.parameters + 2 * after.parameters)
     return models + 8 * d * d * (2 * depth + 8) + 8 * d * TOKENS + HELD
+
+
+def lean_memory(layout: Layout) -> int:
+    """Bytes when weights, streams and metrics stay in files: the largest weight, the widest fit, a batch's work."""
+    d, widest = layout.families["hidden"], max(layout.inner_size(b) for b in layout.branches(0))
+    fits = 8 * (4 * widest * max(widest, d) + 8 * d * d)
+    work = 4 * BATCH_TOKENS * 4 * widest
+    backward = 4 * BACKWARD_TOKENS * layout.depth * (8 * d + 5 * widest)
+    largest = 2 * lean_weight(layout)
+    return max(largest + work, fits + work, largest + backward) + HELD
 
 
 def too_few_tokens(layout: Layout, calibration: Sequence[np.ndarray]) -> list[str]:

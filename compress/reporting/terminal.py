@@ -51,6 +51,8 @@ def plan(found: Found) -> None:
     for step in found["steps"]:
         for note in step["notes"]:
             print(f"  {step['step']}: {note}")
+    if found["lean_memory"]:
+        print(f"  memory with --max-memory, weights left in their files: {size(found['lean_memory'])} at least")
     print(f"  disk: {size(found['disk'])}")
 
 

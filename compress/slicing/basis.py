@@ -16,7 +16,7 @@ Float64: small eigenvalues are differences of large sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,12 @@ def draw_loss(output: Any, batch: Batch, generator: torch.Generator) -> torch.Te
 
 
 def sensitivity(
-    model: Any, layout: Layout, data: Iterable[Batch], seed: int = 0, gradients: bool = True
+    model: Any,
+    layout: Layout,
+    data: Iterable[Batch],
+    seed: int = 0,
+    gradients: bool = True,
+    zeros: Callable[[str, int], torch.Tensor] = lambda _, d: torch.zeros(d, d, dtype=torch.float64),
 ) -> Sensitivity:
     """Moments and metrics of a model on calibration data.
 
@@ -104,11 +109,12 @@ def sensitivity(
         data: batches.
         seed: of the outputs drawn.
         gradients: also measure the metrics, one backward a batch.
+        zeros: makes a metric, by the norm's name and d: one for every norm may be too much for memory.
     """
     d, points = layout.families["hidden"], norms(layout)
     centre = layout.arch.norm.kind == "layer"
     moments = torch.zeros(d, d, dtype=torch.float64)
-    metrics = {point: torch.zeros(d, d, dtype=torch.float64) for point in points if gradients}
+    metrics = {point: zeros(point, d) for point in points if gradients}
     generator = torch.Generator().manual_seed(seed)
     for batch in data:
         with captured(model, inputs=points) as seen, torch.set_grad_enabled(gradients), differentiable(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,20 @@ import torch
 from ..calibration.batches import Batch, batches, sample
 from ..calibration.loss import judge
 from ..checkpoint import Checkpoint, named_parameters
+from ..deferred import Later, Store, at_once, own, when_used
 from ..layout import Layout
 from ..pass_ import Context
 from .basis import sensitivity, weighted_basis
 from .budget import Sizes, head_axis
-from .fuse import cut, fuse, restate, rotate
+from .fuse import cut, embeddings, fuse, restate, rotate
+from .kept import Kept
 from .refit import Refit, Side
 from .shrink import removal_orders, without
 
 SENSITIVITY_TOKENS = 16_384
 """Tokens whose gradients are taken: a backward costs two forwards, and the metric is floored anyway."""
+BACKWARD_TOKENS = 256
+"""Tokens of one backward through a model that does not fit: its activations do not either."""
 SEARCH_TOKENS = 16_384
 """Tokens that the models compared in a search are fitted on: enough to rank them."""
 
@@ -37,6 +42,8 @@ class Cutter:
         basis: float64 `[d, d]`, most important direction first; None if hidden never changes.
         orders: removal orders of units by numbered axis.
         models: dense float32 modules, plain and fused, as they were needed.
+        store: where the weights of a model come to rest that does not fit in memory as a whole; None if it does.
+        kept: what outlives a kill.
     """
 
     layout: Layout
@@ -45,50 +52,73 @@ class Cutter:
     basis: torch.Tensor | None = None
     orders: dict[str, torch.Tensor] = field(default_factory=dict)
     models: dict[bool, tuple[Layout, dict[str, torch.Tensor], Any]] = field(default_factory=dict)
+    store: Store | None = None
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
     def measured(cls, checkpoint: Checkpoint, options: Sequence[Sizes], context: Context, ridge: float) -> Cutter:
         """Measure what the options need: the stream's directions and the units' removal orders."""
-        cutter = cls(checkpoint.layout, checkpoint.tensors, ridge)
+        store = Store(checkpoint.dtype, _folder(context, "weights")) if checkpoint.lean else None
+        cutter = cls(checkpoint.layout, checkpoint.tensors, ridge, store=store, kept=Kept(context.folder))
+        if (known := cutter.kept.tensors("measured")) is not None:
+            cutter.basis = known.pop("basis", None)
+            cutter.orders = known
+            return cutter
         layout, tensors, model = cutter.dense(fused=False)
         data = batches(context.calibration, layout)
         some = sample(context.calibration, max(SENSITIVITY_TOKENS, 8 * layout.families["hidden"]), context.seed)
-        found = sensitivity(model, layout, context.track(batches(some, layout), "sensitivity"), context.seed)
+        small = batches(some, layout, BACKWARD_TOKENS) if store else batches(some, layout)
+        zeros = Zeros(_folder(context, "metrics") if store else None)
+        found = sensitivity(model, layout, context.track(small, "sensitivity"), context.seed, zeros=zeros)
         if any("hidden" in sizes for sizes in options):
-            cutter.basis = weighted_basis(found.moments, torch.stack(list(found.metrics.values())).sum(0))
+            total = torch.zeros_like(found.moments)
+            for metric in found.metrics.values():
+                total += metric
+            cutter.basis = weighted_basis(found.moments, total)
         shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
         keep = {axis: min(sizes[axis] for sizes in options if axis in sizes) for axis in shrunk}
-        cutter.orders = removal_orders(model, layout, tensors, data, keep, found.metrics, context.track)
+        files = cutter.files(context, "units")
+        cutter.orders = removal_orders(model, layout, tensors, data, keep, found.metrics, context.track, files)
+        basis = {} if cutter.basis is None else {"basis": cutter.basis}
+        cutter.kept.keep_tensors("measured", {**basis, **cutter.orders})
         return cutter
+
+    @property
+    def later(self) -> Later:
+        """When weights are made."""
+        return when_used(self.store) if self.store else at_once
 
     def dense(self, fused: bool) -> tuple[Layout, dict[str, torch.Tensor], Any]:
         """Layout, tensors and module of the dense model, as it is or with its norms fused."""
         if fused not in self.models:
-            layout, tensors = fuse(self.layout, self.tensors) if fused else (self.layout, dict(self.tensors))
-            self.models[fused] = layout, tensors, Checkpoint(layout, tensors).model()
+            layout, tensors = self.layout, dict(self.tensors)
+            if fused:
+                layout, tensors = fuse(layout, tensors, self.later)
+            self.models[fused] = layout, tensors, Checkpoint(layout, tensors, lean=self.store is not None).model()
         return self.models[fused]
 
     def cut(
-        self, sizes: Sizes, data: Sequence[Batch], context: Context
+        self, sizes: Sizes, data: Sequence[Batch], context: Context, kept: Kept | None = None
     ) -> tuple[Layout, dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """The model at `sizes`, refitted on `data`.
+        """The model at `sizes`, refitted on `data`; from where `kept` stands.
 
         Returns:
             layout, float32 tensors, and what each fit left unexplained.
         """
         layout, tensors, model = self.dense(fused="hidden" in sizes)
         after, basis = restate(self.layout, sizes), None
-        sources = without(layout, tensors, self.orders, sizes)
-        small = sources
+        sources = without(layout, tensors, self.orders, sizes, self.later)
+        start = sources
         if "hidden" in sizes:
             assert self.basis is not None
             basis = cut(layout, tensors, self.basis, sizes["hidden"])
-            small = rotate(layout, sources, basis, after)
-        compressed = Checkpoint(after, copied(small)).model()
+            start = rotate(layout, sources, basis, after, self.later)
+        compressed = Checkpoint(after, self.copied(start), lean=self.store is not None).model()
         with torch.no_grad():
-            sides = [Side.at_start(m, shape, data) for m, shape in ((model, layout), (compressed, after))]
-        refit = Refit(sides[0], sides[1], sources, data, basis, self.ridge)
-        refit.run(context.track)
+            dense = Side.at_start(model, layout, data, self.files(context, "dense"))
+            small = Side.at_start(compressed, after, data, self.files(context, "small"))
+        refit = Refit(dense, small, sources, data, basis, self.ridge)
+        refit.run(context.track, kept)
         return after, named_parameters(compressed), refit.details
 
     def search(
@@ -126,8 +156,50 @@ class Cutter:
         assert best is not None
         return best, tried
 
+    def files(self, context: Context, name: str) -> Path | None:
+        """Where streams live: in memory if the model does."""
+        folder = _folder(context, "streams") if self.store else None
+        return folder / name if folder else None
+
+    def copied(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Float32 copies that share storage where the originals do; of a model that does not fit, they are made late,
+        all but the embeddings, of which every batch would make the whole for a few rows.
+        """
+        seen: dict[int, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if id(tensor) in seen:
+                continue
+            if self.store is None or tensor.ndim < 2:
+                seen[id(tensor)] = tensor.detach().float().clone()
+            else:
+                seen[id(tensor)] = made = own(name, tensor, self.store)
+                if name in embeddings(self.layout):
+                    made.settle()
+        return {name: seen[id(tensor)] for name, tensor in tensors.items()}
+
     def _width(self, sizes: Sizes) -> int:
         return sizes.get("hidden", self.layout.families["hidden"])
+
+
+def _folder(context: Context, name: str) -> Path | None:
+    if context.folder is None:
+        return None
+    (context.folder / name).mkdir(parents=True, exist_ok=True)
+    return context.folder / name
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Makes matrices of zeros, float64 `[d, d]`: in memory, or in a folder's files."""
+
+    folder: Path | None
+
+    def __call__(self, name: str, d: int) -> torch.Tensor:
+        """One matrix."""
+        if self.folder is None:
+            return torch.zeros(d, d, dtype=torch.float64)
+        (self.folder / name).unlink(missing_ok=True)
+        return torch.from_file(str(self.folder / name), shared=True, size=d * d, dtype=torch.float64).view(d, d)
 
 
 def descend(options: Sequence[Sizes], loss: Callable[[Sizes], float], start: int) -> Sizes:
@@ -139,9 +211,3 @@ def descend(options: Sequence[Sizes], loss: Callable[[Sizes], float], start: int
         if lowest == at:
             return options[at]
         at = lowest
-
-
-def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float32 copies that share storage where the originals do."""
-    seen: dict[int, torch.Tensor] = {}
-    return {name: seen.setdefault(id(t), t.detach().float().clone()) for name, t in tensors.items()}

@@ -17,13 +17,18 @@ All functions are pure, take tensors by name and work in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 
-from ..axes import project
+from ..axes import Dim, project
+from ..deferred import Later, at_once
 from ..errors import RecipeError
 from ..layout import Layout
+
+ROWS = 4096
+"""Rows that are changed at a time."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -108,12 +113,12 @@ def embeddings(layout: Layout) -> list[str]:
 
 
 def centred(tensor: torch.Tensor, layout: Layout, name: str) -> torch.Tensor:
-    """The parameter with its mean along `hidden` removed; float64."""
+    """The parameter with its mean along `hidden` removed; computed in float64, float32."""
     values, number = along(tensor, layout, name, "hidden")
-    return (values - values.mean(-1, keepdim=True)).movedim(-1, number)
+    return (values - values.mean(-1, keepdim=True)).movedim(-1, number).float()
 
 
-def fuse(layout: Layout, tensors: Tensors) -> tuple[Layout, dict[str, torch.Tensor]]:
+def fuse(layout: Layout, tensors: Tensors, later: Later = at_once) -> tuple[Layout, dict[str, torch.Tensor]]:
     """Multiply every norm's gain and bias into its consumers, and a LayerNorm's centring into the producers.
 
     A tied head that cannot stay tied is untied; in front of one that can, the final norm keeps its gain.
@@ -121,6 +126,7 @@ def fuse(layout: Layout, tensors: Tensors) -> tuple[Layout, dict[str, torch.Tens
     Args:
         layout: a pre-norm layout.
         tensors: all parameters by name, any dtype; not changed.
+        later: when the weights are made.
 
     Returns:
         the layout and its tensors; those that changed are float32, computed in float64.
@@ -137,20 +143,30 @@ def fuse(layout: Layout, tensors: Tensors) -> tuple[Layout, dict[str, torch.Tens
         bias = tensors.get(f"{norm}.bias")
         for module in readers(layout, norm):
             name = f"{module}.weight"
-            weight, number = along(tensors[name], layout, name, "hidden")
             if bias is not None and bool(bias.any()):
                 if f"{module}.bias" not in tensors:
                     raise RecipeError(module, "no bias to hold its norm's", "a Linear with a bias")
+                weight, _ = along(tensors[name], layout, name, "hidden")
                 fused[f"{module}.bias"] = (tensors[f"{module}.bias"].double() + weight @ bias.double()).float()
-            fused[name] = (weight * gain).movedim(-1, number).float()
+            fused[name] = later(name, tensors[name].shape, partial(scaled, tensors[name], layout, name, gain))
         fused[f"{norm}.weight"] = torch.full_like(gain, 1 - norm_.gain_offset).float()
         if bias is not None:
             fused[f"{norm}.bias"] = torch.zeros_like(gain).float()
     after = layout if kept else layout.resized({}, untie=True)
     if norm_.kind == "layer":
         for name in producers(after):
-            fused[name] = centred(fused[name], after, name).float()
+            fused[name] = later(name, fused[name].shape, partial(centred, fused[name], after, name))
     return after, fused
+
+
+def scaled(tensor: torch.Tensor, layout: Layout, name: str, gain: torch.Tensor) -> torch.Tensor:
+    """The parameter with its `hidden` multiplied by a gain; computed in float64, float32."""
+
+    def rows(part: torch.Tensor) -> torch.Tensor:
+        values, number = along(part, layout, name, "hidden")
+        return (values * gain).movedim(-1, number).float()
+
+    return by_rows(rows, tensor, layout.tensors[name].dims)
 
 
 def producers(layout: Layout) -> list[str]:
@@ -160,7 +176,9 @@ def producers(layout: Layout) -> list[str]:
     return [name for name in found if name in layout.tensors]
 
 
-def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout) -> dict[str, torch.Tensor]:
+def rotate(
+    layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout, later: Later = at_once
+) -> dict[str, torch.Tensor]:
     """Move a fused model's stream into `basis`, as a stock config of hidden size k holds it.
 
     Args:
@@ -168,6 +186,7 @@ def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout) 
         fused: what `fuse` returned; other axes than hidden may have been shrunk since.
         basis: float64 `[d, k]`, from `cut`.
         narrow: the layout to arrive at, from `restate`.
+        later: when the weights are made.
 
     Returns:
         tensors by name; those that touch the stream are new, float32.
@@ -185,13 +204,16 @@ def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout) 
         if name in gains:
             rotated[name] = tensor[:k].clone()  # all entries of a fused norm are the same
             continue
-        dims = layout.tensors[name].dims
-        moved = project(tensor, dims, "hidden", basis) if any(dim.has("hidden") for dim in dims) else tensor
+        dims, factor = layout.tensors[name].dims, 1.0
         if name in reads:
-            moved = moved * (d / k) ** 0.5
+            factor = (d / k) ** 0.5
         elif name in written:
-            moved = moved * correction
-        rotated[name] = moved.float()
+            factor = correction
+        if any(dim.has("hidden") for dim in dims):
+            turned_shape = [k if dim.has("hidden") else n for dim, n in zip(dims, tensor.shape, strict=True)]
+            rotated[name] = later(name, turned_shape, partial(turned, tensor, dims, basis, factor))
+        else:
+            rotated[name] = tensor if tensor.dtype == torch.float32 else tensor.float()
     if kept:
         name, offset = f"{layout.full(layout.arch.final_norm)}.weight", layout.arch.norm.gain_offset
         gain = (basis * (fused[name].double() + offset)[:, None] * basis).sum(0) * (d / k) ** 0.5 / correction
@@ -200,6 +222,18 @@ def rotate(layout: Layout, fused: Tensors, basis: torch.Tensor, narrow: Layout) 
         if shape.shared_with:
             rotated[name] = rotated[shape.shared_with]
     return rotated
+
+
+def turned(tensor: torch.Tensor, dims: tuple[Dim, ...], basis: torch.Tensor, factor: float) -> torch.Tensor:
+    """The parameter with its `hidden` expressed in the basis; computed in float64, float32."""
+    return by_rows(lambda part: (project(part, dims, "hidden", basis) * factor).float(), tensor, dims)
+
+
+def by_rows(change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dims: tuple[Dim, ...]) -> torch.Tensor:
+    """`change` of a tensor in pieces where rows do not meet: an embedding in float64 is the largest thing there is."""
+    if tensor.ndim != 2 or dims[0].has("hidden") or len(tensor) <= ROWS:
+        return change(tensor)
+    return torch.cat([change(part) for part in tensor.split(ROWS)])
 
 
 def cut(layout: Layout, fused: Tensors, basis: torch.Tensor, k: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from ..calibration.stages import Stage, stages
 from ..layout import Layout
 from ..walk import Arguments, Seen, Walk
 from .fuse import along, readers
+from .kept import Kept
+from .streams import Streams
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -49,13 +52,13 @@ class Side:
     """
 
     walk: Walk
-    streams: list[torch.Tensor] = field(default_factory=list)
+    streams: Streams = field(default_factory=Streams)
     arguments: list[list[Arguments]] = field(default_factory=list)
 
     @classmethod
-    def at_start(cls, model: Any, layout: Layout, data: Sequence[Batch]) -> Side:
-        """A model in front of its first block."""
-        side = cls(Walk(model, layout))
+    def at_start(cls, model: Any, layout: Layout, data: Sequence[Batch], files: Path | None = None) -> Side:
+        """A model in front of its first block; its streams in memory, or in `files` (see `Streams`)."""
+        side = cls(Walk(model, layout), Streams(files))
         for batch in data:
             start = side.walk.start(**batch.inputs)
             side.streams.append(start.stream)
@@ -142,10 +145,14 @@ class Refit:
         return self.small.walk.layout
 
     @torch.no_grad()
-    def run(self, track: Track) -> None:
-        """All blocks, then the head."""
+    def run(self, track: Track, kept: Kept | None = None) -> None:
+        """All blocks, then the head; from the block on that `kept` knows."""
+        kept = kept or Kept()
+        done = kept.resume(self)
         for block in track(range(self.layout.depth), "least squares"):
-            self.block(stages(self.layout, block))
+            if block >= done:
+                self.block(stages(self.layout, block))
+                kept.block_done(block, self)
         self.head()
 
     def block(self, steps: list[Stage]) -> None:

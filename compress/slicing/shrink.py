@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..axes import family, shrink
+from ..axes import Dim, family, shrink
 from ..calibration.batches import Batch, finite
 from ..calibration.stages import Stage, Writer, stages
+from ..deferred import Later, at_once
 from ..layout import Layout
 from ..walk import captured
 from .fuse import along
@@ -37,6 +40,7 @@ def removal_orders(
     keep: Mapping[str, int],
     metrics: Mapping[str, torch.Tensor],
     track: Track,
+    files: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """In which order the units of each block may go, cheapest first.
 
@@ -48,13 +52,14 @@ def removal_orders(
         keep: axis family → the smallest number of units that any budget keeps.
         metrics: the loss' sensitivity at each norm's input (basis.py).
         track: progress.
+        files: where the streams live, see streams.py.
 
     Returns:
         int64 orders by numbered axis (`ffn3`), long enough for `keep`.
     """
     if not keep:
         return {}
-    side, orders = Side.at_start(model, layout, data), {}
+    side, orders = Side.at_start(model, layout, data, files), {}
     for block in track(range(layout.depth), "units"):
         all_writers = [(stage, writer) for stage in stages(layout, block) for writer in stage.writers]
         writers = [(stage, w) for stage, w in all_writers if family(w.axis(layout)) in keep]
@@ -82,12 +87,12 @@ def inner_moments(
     for number, batch in enumerate(data):
         with captured(side.walk.model, names) as seen:
             after = side.walk.block(block, side.streams[number], side.arguments[number][block])
-        side.streams[number] = after
         for stage, writer in writers:
             inner = batch.tokens(finite(seen.inputs[writer.module], writer.module)).double()
             stream = batch.tokens(seen.inputs[stage.norm]).double() if stage.norm else torch.ones(len(inner), 1)
             weighted = inner / stream.pow(2).mean(-1, keepdim=True).clamp_min(1e-30)
             total[writer.module] = total[writer.module] + inner.T @ weighted
+        side.streams[number] = after  # last: what the norms saw may be the stream itself
     return total
 
 
@@ -96,6 +101,7 @@ def without(
     tensors: Mapping[str, torch.Tensor],
     orders: Mapping[str, torch.Tensor],
     sizes: Mapping[str, int],
+    later: Later = at_once,
 ) -> dict[str, torch.Tensor]:
     """The tensors with `sizes` units left on every axis that has an order; names and order of parameters unchanged."""
     kept = {
@@ -105,7 +111,15 @@ def without(
     }
     left = dict(tensors)
     for name, shape in layout.tensors.items():
-        for axis, keep in kept.items():
-            if any(dim.has(axis) for dim in shape.dims):
-                left[name] = shrink(left[name], shape.dims, axis, keep, layout.sizes)
+        here = {axis: keep for axis, keep in kept.items() if any(dim.has(axis) for dim in shape.dims)}
+        if here:
+            counts = {**layout.sizes, **{axis: len(keep) for axis, keep in here.items()}}
+            small = [dim.size(counts) for dim in shape.dims]
+            left[name] = later(name, small, partial(_kept, tensors[name], shape.dims, here, layout))
     return left
+
+
+def _kept(tensor: torch.Tensor, dims: tuple[Dim, ...], kept: Mapping[str, Any], layout: Layout) -> torch.Tensor:
+    for axis, keep in kept.items():
+        tensor = shrink(tensor, dims, axis, keep, layout.sizes)
+    return tensor

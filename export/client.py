@@ -17,6 +17,7 @@ from tersor.compress.evaluate import OUTPUTS, Output
 from tersor.compress.packing import pack
 
 from .artifact import Artifact
+from .rows import check
 
 
 class Client:
@@ -101,6 +102,19 @@ class Client:
             for number, answer in zip(flat, self.run(rows, ids, [output])[output], strict=True):
                 answers[number] = answer
         return [a for a in answers if a is not None]
+
+    def rows(self, ids: np.ndarray, segments: np.ndarray) -> list[np.ndarray]:
+        """Answer rows that the caller packed: one answer a segment, row by row.
+
+        Args:
+            ids: whole numbers `[rows, width]`.
+            segments: 0 at padding, 1, 2, … by segment, rising along a row.
+
+        Raises:
+            RecipeError: see `rows.check`; says row and segment.
+        """
+        spans = check(ids, segments, self.artifact.vocab, self.artifact.max_length)
+        return self([ids[row, start:end] for row, start, end in spans])
 
     def texts(self, texts: Sequence[str], truncate: bool = False) -> list[np.ndarray]:
         """Answer texts by the artifact's own tokenizer, special tokens included.

@@ -30,8 +30,8 @@ def check(ids: np.ndarray, segments: np.ndarray, vocab: int, longest: int | None
     """
     for name, array in (("input_ids", ids), ("attention_mask", segments)):
         if array.ndim != 2 or array.dtype.kind not in "iu" or array.shape != ids.shape:
-            found = f"{array.dtype} of shape {list(array.shape)}"
-            raise RecipeError(name, found, f"whole numbers [rows, width], {list(ids.shape)} as input_ids")
+            given = f"{array.dtype} of shape {list(array.shape)}"
+            raise RecipeError(name, given, f"whole numbers [rows, width], {list(ids.shape)} as input_ids")
     found: list[Span] = []
     for row, (tokens, numbers) in enumerate(zip(ids, segments, strict=True)):
         found += [(row, start, end) for start, end in _segments(tokens, numbers, f"row {row}", vocab, longest)]

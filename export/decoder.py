@@ -60,7 +60,7 @@ for _ in range(8):
 
 @dataclass(frozen=True, config=STRICT)
 class OnnxDecoder(Exporter):
-    """Options of `use: onnx-decoder`.
+    """Write a decoder with its cache as one ONNX file, for prompts and every token after.
 
     Attributes:
         precision: of weights; `int8` in blocks of 32 with a scale each, judged by the recipe's gate.

@@ -42,7 +42,7 @@ TASKS = (
 
 @dataclass(frozen=True, config=STRICT)
 class Onnx(Exporter):
-    """Options of `use: onnx`.
+    """Write features, classes or scores as one ONNX file, for packed or padded rows.
 
     Attributes:
         inputs: `packed` takes several sequences a row (segment numbers in `attention_mask`) and removes padding inside

@@ -4,7 +4,7 @@ Float32, or one of four small precisions on top of it (precision.py): ONNX Runti
 rewrites float16 to float32. What is written either passes parity (parity.py) or does not exist. A small file is first a
 float32 file that passes, and how much it may lose then is the recipe's gate to say:
 
-    precision: int8           a scale a token; the fastest, and no answer depends on its neighbours in the call
+    precision: int8           a scale a token: fast, and no answer depends on its neighbours in the call
     precision: int8-dynamic   ONNX Runtime's quantize_dynamic: a scale a call, so answers move with their neighbours
     precision: int8-block     weights in blocks of 32 with a scale each; the most exact, slower on many tokens
     precision: int4-block     likewise in four bits; the smallest file

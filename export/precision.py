@@ -1,6 +1,6 @@
 """Precisions by name: how a float32 graph's products and tables become small, and which products stay as they are.
 
-    int8           a scale a token and a column (int8.py): the fastest, and no answer depends on its neighbours
+    int8           a scale a token and a column (int8.py): fast, and no answer depends on its neighbours
     int8-dynamic   ONNX Runtime's quantize_dynamic, the usual form: one scale for all activations of a product and one
                    a weight, so an answer moves with its neighbours in the call; to compare with
     int8-block     weights in blocks of 32 with a scale each (nbits.py, ONNX Runtime's MatMulNBits): the most exact

@@ -1,4 +1,4 @@
-"""Models that do not fit in memory: weights made when they are used, streams in files, a cut that goes on after a kill."""
+"""Models that do not fit in memory: weights made when used, streams in files, a cut that goes on after a kill."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_sizes_of_people(text: str, number: float) -> None:
     assert parse_size(text) == int(number)
 
 
-@pytest.mark.parametrize("text", ["", "much", "4GiB", "-1GB"])
+@pytest.mark.parametrize("text", ["much", "4GiB", "-1GB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=text):
         parse_size(text)

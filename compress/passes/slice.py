@@ -72,7 +72,8 @@ class Slice(Pass):
         far = max(abs(restate(layout, option).parameters - after.parameters) for option in chosen)
         exact = far <= 2 * TOLERANCE * layout.parameters
         notes, lean = self._notes(layout, options, typical), lean_memory(layout)
-        return Forecast(after, memory(layout, after), notes, exact, lean)
+        state = after.bytes + 16 * layout.families["hidden"] * TOKENS  # see slicing/kept.py
+        return Forecast(after, memory(layout, after), notes, exact, disk=state, lean=lean)
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Measure, choose sizes, cut and refit."""

@@ -229,7 +229,9 @@ def turned(tensor: torch.Tensor, dims: tuple[Dim, ...], basis: torch.Tensor, fac
     return by_rows(lambda part: (project(part, dims, "hidden", basis) * factor).float(), tensor, dims)
 
 
-def by_rows(change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dims: tuple[Dim, ...]) -> torch.Tensor:
+def by_rows(
+    change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, dims: tuple[Dim, ...]
+) -> torch.Tensor:
     """`change` of a tensor in pieces where rows do not meet: an embedding in float64 is the largest thing there is."""
     if tensor.ndim != 2 or dims[0].has("hidden") or len(tensor) <= ROWS:
         return change(tensor)

@@ -175,7 +175,7 @@ FAULTS = {
     ),
     "a list in a list": (
         f"recipe: 1\n{TEXT}\npasses: [{{use: compact, with: {{on: [[ffn]]}}}}]",
-        "r:3:37: passes.0.with.on.0: found a list of 1, expected one of ffn, heads. Did you mean 'ffn'?",
+        "r:3:37: passes.0.with.on.0: found a list of 1, expected one of ffn, shared_ffn, heads. Did you mean 'ffn'?",
     ),
     # what must hang together
     "unknown metric": (

@@ -21,7 +21,7 @@ from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.compress.train import Classification, Distillation, LanguageModel, Training, fsdp2, images, text, train
 from tersor.compress.train import state as disk
-from tersor.compress.train.loop import groups
+from tersor.compress.train.loop import SMALL, groups
 from tersor.compress.train.losses import IGNORED, answers, divergence
 from tersor.compress.train.memory import checkpoint_activations
 from tersor.compress.train.rows import Rows, chosen
@@ -400,7 +400,7 @@ def test_a_matrix_far_smaller_than_its_peers_moves_in_proportion(tiny):
     Moe(experts=8, active=4, compare=False).apply(mixed, Context(text_))
     router = "model.layers.0.mlp.gate.weight"
     before = mixed.tensors[router]
-    assert before.square().mean().sqrt() < 1e-3
+    assert before.square().mean().sqrt() < 1e-2
     shares = []
     for proportional in (True, False):
         model = copy.deepcopy(mixed.model()).requires_grad_(True)
@@ -412,5 +412,5 @@ def test_a_matrix_far_smaller_than_its_peers_moves_in_proportion(tiny):
         if proportional:
             train(model, text(model, text_), Distillation(original.model()), Training(steps=10, batch=8))
             assert 0 < float((model.get_parameter(router).detach() - start).norm() / start.norm()) < 0.2
-    assert shares[0] < 1e-2
+    assert 0 < shares[0] < SMALL
     assert shares[1] == 1.0

@@ -97,8 +97,7 @@ class Deferred(torch.Tensor):
 
     def value(self) -> torch.Tensor:
         """The value as an ordinary float32 tensor."""
-        found = self.cell.make() if self.cell.rest is None else self.cell.rest
-        return found.detach().to(torch.float32)
+        return _value(self.cell)
 
     def settle(self) -> torch.Tensor:
         """The value in the stored dtype, made once and kept from now on."""
@@ -126,6 +125,9 @@ class Deferred(torch.Tensor):
         if isinstance(first, Deferred):
             if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
                 return Deferred(first.shape, first.cell, first.known_as, first.store)
+            if func is torch.ops.aten.t.default:  # of a Linear: autograd would keep what is made here
+                cell = first.cell
+                return Deferred(first.shape[::-1], Cell(lambda: _value(cell).t()), first.known_as, first.store)
             if func is torch.ops.aten.copy_.default:
                 first.write(_plain(args[1]).expand(first.shape))
                 return first
@@ -161,6 +163,11 @@ def own(name: str, tensor: torch.Tensor, store: Store) -> Deferred:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.value() if isinstance(tensor, Deferred) else tensor
+
+
+def _value(cell: Cell) -> torch.Tensor:
+    found = cell.make() if cell.rest is None else cell.rest
+    return found.detach().to(torch.float32)
 
 
 def _gone() -> torch.Tensor:

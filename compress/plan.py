@@ -136,8 +136,9 @@ def scoring_memory(original: Layout, result: Layout, recipe: Recipe) -> int:
 def lean_scoring_memory(layout: Layout, recipe: Recipe) -> int:
     """Peak bytes while two models are scored whose weights are made when they are used."""
     heldout = recipe.data.heldout
-    tokens = 16 * (heldout.length if heldout else 128)
-    logits = 6 * tokens * layout.families.get("vocab", 0) * 4 if layout.task == "text-generation" else 0
+    if heldout is None:
+        return PROCESS
+    logits = 6 * 16 * heldout.length * layout.families.get("vocab", 0) * 4 if layout.task == "text-generation" else 0
     return PROCESS + SCORING + 3 * lean_weight(layout) + logits
 
 

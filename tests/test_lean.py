@@ -69,6 +69,23 @@ def test_gradients_reach_the_stream_through_weights_that_are_made_late(stored: A
     assert torch.equal(slopes[0], slopes[1])
 
 
+def test_autograd_keeps_no_weight_that_was_made(stored: Any) -> None:
+    """The twin, a plain model, keeps them all."""
+    directory, kept = stored(), []
+    for lean in (True, False):
+        model = Checkpoint.load(directory, lean=lean).model()
+        stream = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            model(inputs_embeds=stream).logits.sum()
+        widths = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
+        found = [t for t in saved if tuple(sorted(t.shape)) in widths]
+        assert found
+        kept.append([t for t in found if not isinstance(t, Deferred)])
+    assert kept[0] == []
+    assert kept[1]
+
+
 def test_other_names_in_the_files_are_read_the_usual_way(stored: Any) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -68,14 +68,14 @@ class Cutter:
         data = batches(context.calibration, layout)
         some = sample(context.calibration, max(SENSITIVITY_TOKENS, 8 * layout.families["hidden"]), context.seed)
         small = batches(some, layout, BACKWARD_TOKENS) if store else batches(some, layout)
-        zeros = Zeros(_folder(context, "metrics") if store else None)
+        shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
+        zeros = Zeros(_folder(context, "metrics") if store else None, apart=bool(shrunk))
         found = sensitivity(model, layout, context.track(small, "sensitivity"), context.seed, zeros=zeros)
         if any("hidden" in sizes for sizes in options):
             total = torch.zeros_like(found.moments)
-            for metric in found.metrics.values():
+            for metric in {id(m): m for m in found.metrics.values()}.values():
                 total += metric
             cutter.basis = weighted_basis(found.moments, total)
-        shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
         keep = {axis: min(sizes[axis] for sizes in options if axis in sizes) for axis in shrunk}
         files = cutter.files(context, "units")
         cutter.orders = removal_orders(model, layout, tensors, data, keep, found.metrics, context.track, files)
@@ -190,12 +190,22 @@ def _folder(context: Context, name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Makes matrices of zeros, float64 `[d, d]`: in memory, or in a folder's files."""
+    """Makes matrices of zeros, float64 `[d, d]`: in memory, or in a folder's files.
+
+    Attributes:
+        folder: of the files, or None.
+        apart: one for every name; otherwise all names share one.
+    """
 
     folder: Path | None
+    apart: bool = True
+    shared: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, name: str, d: int) -> torch.Tensor:
-        """One matrix."""
+        """The matrix of a name."""
+        if not self.apart:
+            self.shared.extend([] if self.shared else [torch.zeros(d, d, dtype=torch.float64)])
+            return self.shared[0]
         if self.folder is None:
             return torch.zeros(d, d, dtype=torch.float64)
         (self.folder / name).unlink(missing_ok=True)

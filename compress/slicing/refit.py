@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..calibration.lstsq import Regression
 from ..calibration.stages import Stage, stages
 from ..layout import Layout
 from ..walk import Arguments, Seen, Walk
-from .fuse import along, readers
+from .fuse import along, by_rows, readers
 from .kept import Kept
 from .streams import Streams
 
@@ -193,11 +194,19 @@ class Refit:
         self._note(modules[0], fit, self.start(), found, constant)
         for module in modules:
             name = f"{module}.weight"
-            weight, where = along(self.sources[name], self.layout, name, "hidden")
+            source, dims = self.sources[name], self.layout.tensors[name].dims
+
+            def turned(part: torch.Tensor, name: str = name) -> torch.Tensor:
+                weight, where = along(part, self.layout, name, "hidden")
+                return (weight @ found.T).movedim(-1, where).float()
+
+            def shift(part: torch.Tensor, by: torch.Tensor, name: str = name) -> torch.Tensor:
+                return along(part, self.layout, name, "hidden")[0] @ by
+
             if constant is not None:
-                bias = self.sources[f"{module}.bias"].double() + weight @ constant
-                self._put(f"{module}.bias", bias)
-            self._put(name, (weight @ found.T).movedim(-1, where))
+                bias = self.sources[f"{module}.bias"].double()
+                self._put(f"{module}.bias", bias + by_rows(partial(shift, by=constant), source, dims))
+            self._put(name, by_rows(turned, source, dims))
 
     def writes(self, stage: Stage) -> None:
         """Refit what the stage writes so that the stream behind it is the dense one."""

@@ -188,7 +188,8 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
             raise error.at(recipe.place("passes", number)) from error
         working = PROCESS + original.bytes + layout.bytes + forecast.layout.bytes + forecast.memory
         memory = max(working, scoring_memory(original, forecast.layout, recipe))
-        lean = None if forecast.lean is None else PROCESS + forecast.lean
+        saving = 2 * forecast.layout.bytes  # transformers copies what it saves, and safetensors once more
+        lean = None if forecast.lean is None else PROCESS + max(forecast.lean, saving)
         passes.append(
             PlannedStep(
                 f"{number + 1}-{step.use}",

@@ -22,7 +22,7 @@ RECIPES = Path(str(importlib.resources.files("tersor.recipes")))
 DIGESTS = {
     "quickstart/model/model.safetensors": "9eeeeafee836172144ca5d85d80f1078cf9988d176e5f2e031de1f20a46c5b91",
     "quickstart/model/tokenizer.json": "cbf2dc694589bf3b8e45809ca9ea3d152983c3f6cd587a6965b7dc7c0d6d8bf2",
-    corpus.CALIBRATION: "9fa20e8dfbba84c356afbd17e64dd33b73e69dbf3f0aa2d391bf11a7f720b41e",
+    corpus.CALIBRATION: "36c0b5d8f2427fa99d9ac13436e3812c6e5a035a36e0c84bb5ea380c1561f728",
     corpus.HELDOUT: "19ff64777f0eb25e4575aeef688ab00bd17c77a9cb3475949301cbadd22daba7",
     corpus.SENTENCES: "5bda5e7238d79d9ad438fa32335b50a731455e16a98837b0d178438d07d9c530",
 }

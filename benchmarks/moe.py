@@ -34,8 +34,8 @@ import onnxruntime
 import torch
 from tersor.compress.calibration.batches import batches
 from tersor.compress.calibration.loss import judge
+from tersor.compress.calibration.side import Side
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.moe.activations import Side
 from tersor.compress.moe.convert import Method, convert
 from tersor.compress.moe.cut import Cut
 from tersor.compress.moe.trial import Trial

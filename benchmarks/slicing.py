@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tersor.compress.calibration.batches import batches
 from tersor.compress.calibration.loss import judge
+from tersor.compress.calibration.side import Side
 from tersor.compress.calibration.stages import stages
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.layout import Layout
@@ -35,7 +36,6 @@ from tersor.compress.slicing.basis import principal, sensitivity
 from tersor.compress.slicing.budget import Sizes, candidates, head_axis
 from tersor.compress.slicing.cutter import Cutter
 from tersor.compress.slicing.fuse import fuse
-from tersor.compress.slicing.refit import Side
 
 NO_FIT = 1e12
 """A ridge under which no weight moves."""

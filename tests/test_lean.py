@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tersor.compress.calibration.streams import Streams
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.deferred import Cell, Deferred, Store, lent, own, when_used
 from tersor.compress.errors import PreflightError, RecipeError
@@ -16,7 +17,6 @@ from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
 from tersor.compress.preflight import parse_size
 from tersor.compress.slicing import kept
-from tersor.compress.slicing.streams import Streams
 
 IDS = torch.arange(24).reshape(2, 12) % 50
 
@@ -171,7 +171,7 @@ def test_a_deferred_value_is_made_at_every_use_until_it_rests() -> None:
 
 
 def test_streams_in_files_hold_what_streams_in_memory_hold(tmp_path: Path) -> None:
-    for streams in (Streams(), Streams(tmp_path / "dense")):
+    for streams in ([], Streams(tmp_path / "dense")):
         streams.append(torch.ones(2, 3, 4))
         streams.append(torch.zeros(1, 5, 4))
         streams[1] = torch.full((1, 5, 4), 7.0)

@@ -246,7 +246,8 @@ def test_balanced_groups_are_nearly_the_best(tiny):
 
 def test_co_activation_finds_planted_groups(dense):
     from tersor.compress.calibration.batches import batches
-    from tersor.compress.moe.activations import Ffn, Side, Tokens
+    from tersor.compress.calibration.side import Side
+    from tersor.compress.moe.activations import Ffn, Tokens, before_ffn
     from tersor.compress.moe.cut import Cut
     from tersor.compress.moe.partition import PARTITIONS
 
@@ -254,7 +255,7 @@ def test_co_activation_finds_planted_groups(dense):
     data = batches(samples(40), checkpoint.layout)
     with torch.no_grad():
         side = Side.at_start(checkpoint.model(), checkpoint.layout, data)
-        tokens = Tokens(Ffn.of(side.walk, 0), side.before_ffn(0), data)
+        tokens = Tokens(Ffn.of(side.walk, 0), before_ffn(side, 0), data)
         gate = tokens.ffn.gate
 
         def alike(name: str) -> float:
@@ -329,7 +330,7 @@ def test_the_details_say_what_each_number_of_experts_costs(dense):
 def test_a_trial_is_the_loss_of_the_stored_class(dense):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.calibration.loss import judge
-    from tersor.compress.moe.activations import Side
+    from tersor.compress.calibration.side import Side
     from tersor.compress.moe.convert import Method, convert
     from tersor.compress.moe.cut import Cut
     from tersor.compress.moe.trial import Trial

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tersor.compress.arch import architecture, names
 from tersor.compress.calibration.batches import Batch, batches
+from tersor.compress.calibration.side import Side
 from tersor.compress.calibration.stages import stages
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.layout import Layout
@@ -22,7 +23,6 @@ from tersor.compress.slicing import cutter as cutter_module
 from tersor.compress.slicing.budget import free_words, head_axis
 from tersor.compress.slicing.cutter import Cutter
 from tersor.compress.slicing.fuse import fuse, obstacle, producers, restate
-from tersor.compress.slicing.refit import Side
 
 TASK = {"vit": "image-classification"}
 SLICED = ["bert", "distilbert", "gemma", "gemma2", "gpt2", "granite", "llama", "mistral", "modernbert", "opt", "phi"]

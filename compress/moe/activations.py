@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..arch import Branch
 from ..calibration.batches import Batch, finite
+from ..calibration.side import Side
 from ..layout import Layout
-from ..walk import Arguments, Walk
+from ..walk import Walk
 
 HELD = 1 << 30
 """Bytes of one block's inner activations that are kept instead of being computed for each pass over the tokens."""
@@ -103,37 +103,12 @@ class Tokens:
         return iter(self._held) if self._held is not None else map(self._compute, range(len(self.data)))
 
 
-@dataclass
-class Side:
-    """A model on its way through its blocks, attention by attention.
-
-    Attributes:
-        walk: the model.
-        streams: `[batch, length, hidden]` in front of the current block, a batch each.
-        arguments: of every block, a batch each.
-    """
-
-    walk: Walk
-    streams: list[torch.Tensor]
-    arguments: list[list[Arguments]]
-
-    @classmethod
-    def at_start(cls, model: Any, layout: Layout, data: Sequence[Batch]) -> Side:
-        """A model in front of its first block."""
-        walk = Walk(model, layout)
-        starts = [walk.start(**batch.inputs) for batch in data]
-        return cls(walk, [start.stream for start in starts], [start.arguments for start in starts])
-
-    def fork(self) -> Side:
-        """The same model from the same place, on streams of its own."""
-        return Side(self.walk, list(self.streams), self.arguments)
-
-    def before_ffn(self, block: int) -> list[torch.Tensor]:
-        """The streams behind the block's attention."""
-        branch = gated_branch(self.walk.layout, block)
-        assert branch is not None
-        found = []
-        for stream, arguments in zip(self.streams, self.arguments, strict=True):
-            seen = self.walk.observe(block, stream, arguments[block], [branch.norm])
-            found.append(seen.inputs[branch.norm])
-        return found
+def before_ffn(side: Side, block: int) -> list[torch.Tensor]:
+    """The streams behind the block's attention."""
+    branch = gated_branch(side.walk.layout, block)
+    assert branch is not None
+    found = []
+    for stream, arguments in zip(side.streams, side.arguments, strict=True):
+        seen = side.walk.observe(block, stream, arguments[block], [branch.norm])
+        found.append(seen.inputs[branch.norm])
+    return found

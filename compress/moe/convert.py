@@ -20,9 +20,10 @@ import torch
 
 from ..calibration.batches import Batch
 from ..calibration.lstsq import Regression
+from ..calibration.side import Side
 from ..layout import Layout
 from . import router as routers
-from .activations import Ffn, Side, Tokens
+from .activations import Ffn, Tokens, before_ffn
 from .block import Block
 from .cut import Cut
 from .distill import distilled
@@ -87,7 +88,7 @@ def convert(
 def _block(
     side: Side, small: Side, number: int, cut: Cut, method: Method, data: Sequence[Batch], seed: int
 ) -> Block:
-    before = side.before_ffn(number)
+    before = before_ffn(side, number)
     ffn = Ffn.of(side.walk, number)
     tokens = Tokens(ffn, before, data)
     order = PARTITIONS[method.partition](tokens, cut, seed + number)
@@ -96,7 +97,7 @@ def _block(
         for stream, batch, (_, h) in zip(before, data, tokens, strict=True)
     ]
     del tokens
-    before = small.before_ffn(number) if small is not side else before
+    before = before_ffn(small, number) if small is not side else before
     tokens = Tokens(partitioned(ffn, order), before, data)
     block = routed(tokens, cut, method, seed)
     if small is not side:

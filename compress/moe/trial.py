@@ -17,8 +17,9 @@ import torch
 
 from ..calibration.batches import Batch
 from ..calibration.loss import judge
+from ..calibration.side import Side
 from ..layout import Layout
-from .activations import Side, Tokens
+from .activations import Tokens, before_ffn
 from .block import Block
 from .convert import Method, Track, added, convert
 from .cut import Cut
@@ -42,7 +43,7 @@ class Trial:
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Through the next block, as it was converted."""
-        before = self.side.before_ffn(self.number)
+        before = before_ffn(self.side, self.number)
         tokens = Tokens(block.ffn, before, self.data)
         self.side.streams = [
             added(stream, batch, block.ffn.scale * (block.masked(x, h) @ block.ffn.down.T))

@@ -23,10 +23,11 @@ from pydantic.dataclasses import dataclass
 
 from ..calibration.batches import Batch, batches
 from ..calibration.loss import judge
+from ..calibration.side import Side
 from ..checkpoint import Check, Checkpoint
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
-from ..moe.activations import HELD, Side, gated_branch
+from ..moe.activations import HELD, gated_branch
 from ..moe.block import Block
 from ..moe.convert import Method, convert
 from ..moe.cut import Cut

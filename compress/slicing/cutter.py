@@ -12,6 +12,7 @@ import torch
 
 from ..calibration.batches import Batch, batches, sample
 from ..calibration.loss import judge
+from ..calibration.side import Side
 from ..checkpoint import Checkpoint, named_parameters
 from ..deferred import Later, Store, at_once, own, when_used
 from ..layout import Layout
@@ -20,7 +21,7 @@ from .basis import sensitivity, weighted_basis
 from .budget import Sizes, head_axis
 from .fuse import cut, embeddings, fuse, restate, rotate
 from .kept import Kept
-from .refit import Refit, Side
+from .refit import Refit
 from .shrink import removal_orders, without
 
 SENSITIVITY_TOKENS = 16_384

@@ -11,13 +11,13 @@ import torch
 
 from ..axes import Dim, family, shrink
 from ..calibration.batches import Batch, finite
+from ..calibration.side import Side
 from ..calibration.stages import Stage, Writer, stages
 from ..deferred import Later, at_once
 from ..layout import Layout
 from ..walk import captured
 from .fuse import along
 from .obs import elimination_order, survivors
-from .refit import Side
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -52,7 +52,7 @@ def removal_orders(
         keep: axis family → the smallest number of units that any budget keeps.
         metrics: the loss' sensitivity at each norm's input (basis.py).
         track: progress.
-        files: where the streams live, see streams.py.
+        files: where the streams live, see calibration/streams.py.
 
     Returns:
         int64 orders by numbered axis (`ffn3`), long enough for `keep`.

@@ -19,9 +19,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from tersor.compress.checkpoint import Checkpoint, locate, named_parameters
+from tersor.compress.checkpoint import Checkpoint, named_parameters
 from tersor.compress.evaluate.torch_scorer import torch_threads
 from tersor.compress.layout import Layout
+from tersor.compress.pretrained import locate
 from tersor.export.decoder import OnnxDecoder
 from tersor.export.generate import Generator
 

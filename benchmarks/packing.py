@@ -30,7 +30,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.pretrained import locate
 from tersor.export import int8
 from tersor.export.client import Client
 from tersor.export.onnx import Onnx

@@ -19,8 +19,9 @@ import torch
 from tersor.compress import load_recipe
 from tersor.compress.calibration.batches import batches
 from tersor.compress.calibration.loss import judge
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.pass_ import Context
+from tersor.compress.pretrained import locate
 from tersor.compress.reading import Reader
 
 VARIANTS = {

@@ -192,9 +192,9 @@ def _describe(asked: Asked) -> dict[str, Any]:
 
 def _measure(asked: Asked, update: bool) -> tuple[Block, Block | None, Sequence[Any]]:
     """The model, the original if it had to run, and the samples."""
-    from .checkpoint import locate
     from .evaluate import METRICS, check_metrics, evaluate
     from .evaluation import open_scorer
+    from .pretrained import locate
 
     check_metrics(asked.measured, place="accuracy_gate")
     scorer, reader = open_scorer(locate(asked.model, asked.offline, asked.base), asked.threads)

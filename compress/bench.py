@@ -114,7 +114,7 @@ def _calls(
 
 
 def _image(readers: Sequence[Reader], draw: np.random.Generator) -> np.ndarray:
-    from .run import image_size
+    from .inputs import image_size
 
     shapes = {(r.layout.families["channels"], *image_size(r.layout.config, r.side_files)) for r in readers}
     if len(shapes) > 1:

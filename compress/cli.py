@@ -266,11 +266,12 @@ def export(
 ) -> None:
     """Export a checkpoint as it is, and hold the artifact against it."""
     from . import preflight
-    from .checkpoint import Checkpoint, locate
+    from .checkpoint import Checkpoint
     from .errors import RecipeError
+    from .inputs import random_inputs
+    from .pretrained import locate
     from .recipe import exporter_options
     from .reporting import terminal
-    from .run import random_inputs
     from .rundir import written_beside
 
     if output.exists():

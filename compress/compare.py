@@ -49,7 +49,7 @@ class Side:
         Raises:
             PreflightError: nothing does, or a run that has not ended.
         """
-        from .checkpoint import locate
+        from .pretrained import locate
 
         path = locate(reference, offline)
         if (path / "artifact.json").is_file():
@@ -145,7 +145,7 @@ def _size(path: Path, threads: int | None) -> dict[str, Any]:
     if (path / "artifact.json").is_file():
         scorer, _ = open_scorer(path, threads)
         return {"parameters": scorer.parameters, "bytes": scorer.bytes}
-    from .checkpoint import read_config
+    from .pretrained import read_config
 
     layout = read_config(path)
     return {"parameters": layout.parameters, "bytes": layout.bytes}
@@ -160,8 +160,8 @@ def _measured(
     offline: bool,
 ) -> list[dict[str, dict[str, Any]]]:
     from .evaluate import evaluate
+    from .evaluate.defaults import default_metrics
     from .evaluation import open_scorer
-    from .run import default_metrics
 
     opened = []
     for side in sides:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import preflight
 from .errors import RecipeError
+from .evaluate.defaults import default_metrics
 from .reporting import report
-from .run import default_metrics
 
 if TYPE_CHECKING:
     from .data import Source
@@ -88,7 +88,7 @@ class Question:
         }
 
     def _open(self, reference: str) -> tuple[Scorer, Reader]:
-        from .checkpoint import locate
+        from .pretrained import locate
 
         return open_scorer(locate(reference, self.offline), self.threads)
 

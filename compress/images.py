@@ -39,7 +39,7 @@ class Preparation:
             raise PreflightError("images", "no Pillow", "it, to read images", "pip install 'tersor[data]'") from error
         from transformers import AutoImageProcessor
 
-        from .checkpoint import quiet
+        from .pretrained import quiet
 
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():

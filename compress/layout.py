@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+LEAN_SHARD = 256_000_000
+"""Bytes of a file's weights where a checkpoint is written that memory does not hold."""
 
 
 @dataclass(frozen=True)

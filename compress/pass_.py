@@ -89,3 +89,15 @@ class Pass(ABC):
     def checks(self, details: Mapping[str, Any]) -> list[Check]:
         """What must hold from now on, given the details that `apply` left in its context (JSON values)."""
         return []
+
+
+@dataclass(frozen=True)
+class Unchanged(Pass):
+    """What runs when a recipe names no pass: nothing."""
+
+    def requires(self, layout: Layout) -> Forecast:
+        """Shapes stay."""
+        return Forecast(layout)
+
+    def apply(self, checkpoint: Checkpoint, context: Context) -> None:
+        """Leave the checkpoint as it is."""

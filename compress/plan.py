@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, TersorError
-from .layout import Layout
+from .layout import LEAN_SHARD, Layout
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
             raise error.at(recipe.place("passes", number)) from error
         working = PROCESS + original.bytes + layout.bytes + forecast.layout.bytes + forecast.memory
         memory = max(working, scoring_memory(original, forecast.layout, recipe))
-        saving = 2 * forecast.layout.bytes  # transformers copies what it saves, and safetensors once more
-        lean = None if forecast.lean is None else PROCESS + max(forecast.lean, saving)
+        lean = None if forecast.lean is None else PROCESS + max(forecast.lean, 2 * LEAN_SHARD)
         passes.append(
             PlannedStep(
                 f"{number + 1}-{step.use}",

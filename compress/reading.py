@@ -77,7 +77,7 @@ class Reader:
     @classmethod
     def at(cls, directory: Path) -> Reader:
         """The reader of an artifact's directory."""
-        from .checkpoint import load_tokenizer, read_config, read_side_files
+        from .pretrained import load_tokenizer, read_config, read_side_files
 
         task = json.loads((directory / "artifact.json").read_text("utf-8"))["task"]
         return cls(read_config(directory, task), load_tokenizer(directory), read_side_files(directory))

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import preflight
 from .errors import GateMissed, ParityMissed, PreflightError, TersorError
+from .inputs import random_inputs
+from .pass_ import Context, Unchanged
 from .plan import Plan, PlannedStep, make_plan
 from .progress import Progress
 from .recipe import Recipe
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from .data import Sample
     from .evaluate import Scorer
     from .evaluate.gate import Gate, Verdict
-    from .layout import Layout
-    from .pass_ import Context, Forecast
 
 
 TIMED_TOKENS = 1024
@@ -37,31 +37,6 @@ TIMED_IMAGES = 8
 PLAN_TOLERANCE = 0.01
 """Share of the original's parameters by which a pass that chooses its own sizes may leave the plan: ± 0.5 points
 around the request, on either side."""
-DEFAULT_METRICS = {
-    "logits": ("perplexity", "bits_per_byte", "kl", "top1"),
-    "embedding": ("cosine",),
-    "token_logits": ("masked_loss", "kl", "top1"),
-    "classes": ("kl", "top1"),
-    "token_classes": ("kl", "top1"),
-}
-"""What is measured when the recipe names no metric, by what the model answers."""
-LABELLED_METRICS = {
-    "classes": ("accuracy", "macro_f1"),
-    "embedding": ("spearman", "pearson"),
-    "token_classes": ("token_accuracy",),
-}
-"""What is measured besides when the data brings labels."""
-
-
-def default_metrics(output: str, samples: Sequence[Sample]) -> tuple[str, ...]:
-    """What is measured when nobody names a metric: the usual ones, and those that read what the samples bring."""
-    if not samples:
-        return ()
-    tagged = output == "token_classes" and samples[0].targets is not None and samples[0].targets.max() >= 0
-    labelled = samples[0].label is not None or tagged
-    if output == "logits" and labelled:  # choices: a mean over right and wrong answers would say nothing
-        return ("choice_accuracy", "choice_accuracy_per_byte", "kl", "top1")
-    return DEFAULT_METRICS[output] + (LABELLED_METRICS.get(output, ()) if labelled else ())
 
 
 @dataclass(frozen=True)
@@ -112,8 +87,8 @@ def resolve(recipe: Recipe, how: How) -> tuple[Path, Plan]:
     Raises:
         TersorError: the model is not there, or the recipe cannot work on it.
     """
-    from .checkpoint import locate, read_config
     from .errors import RecipeError
+    from .pretrained import locate, read_config
 
     if recipe.model is None:
         raise RecipeError(recipe.place("model"), "no model", "a directory or a hub id", "Or name one with --model.")
@@ -150,6 +125,7 @@ class _Run:
 
     def __init__(self, plan: Plan, how: How, source: Path, directory: RunDirectory, lean: bool):
         from .checkpoint import Checkpoint
+        from .evaluate.defaults import default_metrics
         from .evaluate.torch_scorer import TorchScorer
 
         self.plan, self.how, self.source, self.directory, self.lean = plan, how, source, directory, lean
@@ -261,7 +237,6 @@ class _Run:
         """One pass: change, check, save, read back, score; its line in the journal."""
         from .checkpoint import Checkpoint
         from .evaluate.torch_scorer import TorchScorer
-        from .pass_ import Context
 
         started = time.perf_counter()
         context = Context(
@@ -417,47 +392,3 @@ class _Run:
         if self.directory.entry("published") is None:
             hashes = {name: hash_tree(target / name) for name in moves}
             self.directory.finish_step({"step": "published", "failed": failed, "hashes": hashes})
-
-
-@dataclass(frozen=True)
-class Unchanged:
-    """What runs when a recipe names no pass: nothing."""
-
-    def requires(self, layout: Layout) -> Forecast:
-        """Shapes stay."""
-        from .pass_ import Forecast
-
-        return Forecast(layout)
-
-    def apply(self, checkpoint: Checkpoint, context: Context) -> None:
-        """Leave the checkpoint as it is."""
-
-    def checks(self, details: Mapping[str, Any]) -> list[Check]:
-        """Promise nothing."""
-        return []
-
-
-def random_inputs(checkpoint: Checkpoint, seed: int) -> list[Any]:
-    """Sixteen sequences of random ids, or images, for a parity check and a clock where the recipe brings no data."""
-    import numpy as np
-
-    generator = np.random.default_rng(seed)
-    if checkpoint.layout.arch.inputs == "pixels":
-        shape = (checkpoint.layout.families["channels"], *image_size(checkpoint.config, checkpoint.side_files))
-        return [generator.standard_normal(shape, np.float32) for _ in range(16)]
-    vocab = checkpoint.layout.families["vocab"]
-    return [generator.integers(0, vocab, size=int(n)) for n in generator.integers(8, 65, size=16)]
-
-
-def image_size(config: Any, side_files: Mapping[str, bytes]) -> tuple[int, int]:
-    """Height and width of the images that the model was made for; 224 each where nothing says it."""
-    import json
-
-    stated = getattr(config, "image_size", None)
-    if stated is None:
-        prepared = json.loads(side_files.get("preprocessor_config.json", b"{}"))
-        size = prepared.get("crop_size") if prepared.get("do_center_crop") else prepared.get("size")
-        stated = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-    if isinstance(stated, (list, tuple)):
-        return int(stated[0]), int(stated[1])
-    return int(stated or 224), int(stated or 224)

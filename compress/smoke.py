@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, load_tokenizer, named_parameters, quiet, read_side_files
+from .checkpoint import Checkpoint, named_parameters
 from .data import Source
 from .layout import Layout, model_class
+from .pretrained import load_tokenizer, quiet, read_side_files
 from .recipe import Recipe
 from .train.options import Training
 

@@ -124,12 +124,12 @@ def _checks(model: Path, journal: list[dict[str, Any]]) -> list[Finding]:
 
 def _inputs(model: Path) -> dict[str, np.ndarray]:
     """Two rows of random ids, the second one padded on the right; or two random images."""
-    from .checkpoint import read_config
+    from .pretrained import read_config
 
     layout = read_config(model)
     if layout.arch.inputs == "pixels":
-        from .checkpoint import read_side_files
-        from .run import image_size
+        from .inputs import image_size
+        from .pretrained import read_side_files
 
         shape = (2, layout.families["channels"], *image_size(layout.config, read_side_files(model)))
         return {"pixel_values": np.random.default_rng(0).standard_normal(shape, np.float32)}

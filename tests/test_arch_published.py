@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from tersor.compress.arch import names
-from tersor.compress.checkpoint import quiet, read_config
 from tersor.compress.errors import RecipeError
 from tersor.compress.layout import model_class
+from tersor.compress.pretrained import quiet, read_config
 from tersor.compress.smoke import shrink_config
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tersor.compress.checkpoint import Check, Checkpoint, infer_task, load_tokenizer, locate, read_config
+from tersor.compress.checkpoint import Check, Checkpoint
 from tersor.compress.errors import PreflightError, RecipeError, TersorError
+from tersor.compress.pretrained import infer_task, load_tokenizer, locate, read_config
 
 
 def edited(directory: Path, **changes) -> Path:

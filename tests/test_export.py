@@ -18,10 +18,11 @@ import onnxruntime
 import pytest
 import torch
 from tersor.compress.arch import architecture, names
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
 from tersor.compress.evaluate import OUTPUTS
 from tersor.compress.evaluate.pooling import Pooling
+from tersor.compress.pretrained import locate
 from tersor.export import onnx as exporter
 from tersor.export import parity, runtime, trace
 from tersor.export.artifact import Artifact

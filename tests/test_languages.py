@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tersor.compress.checkpoint import Checkpoint, locate
+from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import PreflightError
+from tersor.compress.pretrained import locate
 from tersor.export.client import Client
 from tersor.export.onnx import Onnx
 

@@ -86,6 +86,31 @@ def test_autograd_keeps_no_weight_that_was_made(stored: Any) -> None:
     assert kept[1]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "variant", "dtype"),
+    [("llama", "", "bfloat16"), ("llama", "tied", "float32"), ("gpt2", "", "float32"), ("qwen2", "", "bfloat16")],
+)
+def test_lean_saving_writes_the_same_model_in_pieces(
+    stored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, variant: str, dtype: str
+) -> None:
+    import tersor.compress.checkpoint as module
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(module, "LEAN_SHARD", 8_000)
+    directory = stored(model_type, variant)
+    AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
+    for name, lean in (("whole", False), ("lean", True)):
+        Checkpoint.load(directory, lean=lean).save(tmp_path / name)
+    assert [path.name for path in (tmp_path / "whole").glob("*.safetensors")] == ["model.safetensors"]
+    assert len(list((tmp_path / "lean").glob("*.safetensors"))) > 3
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "lean" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole, lean = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "lean"))
+    assert lean.keys() == whole.keys()
+    assert all(torch.equal(lean[name], tensor) and lean[name].dtype == tensor.dtype for name, tensor in whole.items())
+    assert Checkpoint.load(tmp_path / "lean", lean=True).lean, "what was written lean can be read lean"
+
+
 def test_other_names_in_the_files_are_read_the_usual_way(stored: Any) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -10,8 +10,8 @@ import pytest
 from tersor.compress.data import Sample
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import METRICS, check_metrics, evaluate
+from tersor.compress.evaluate.defaults import default_metrics
 from tersor.compress.evaluate.reductions import bootstrap, macro_f1, pearson, ranks, spearman
-from tersor.compress.run import default_metrics
 
 
 class Answers:

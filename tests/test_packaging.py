@@ -66,7 +66,7 @@ def test_wheel_carries_both_licences(unpacked):
 
 def test_wheel_works_away_from_the_tree(unpacked, tmp_path):
     code = (
-        "from tersor.compress.checkpoint import locate\n"
+        "from tersor.compress.pretrained import locate\n"
         "from tersor.compress.paths import resolve_path\n"
         "from tersor.compress.recipe import load_recipe\n"
         "recipe = load_recipe('quickstart')\n"

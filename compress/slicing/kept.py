@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import system_errors
 from ..deferred import Deferred
+from ..pretrained import system_errors
 from ..rundir import to_json, write_atomic
 
 if TYPE_CHECKING:

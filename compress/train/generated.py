@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..checkpoint import quiet
+from ..pretrained import quiet
 from ..rundir import write_atomic
 
 PROMPT = 16

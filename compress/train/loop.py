@@ -29,8 +29,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..checkpoint import quiet
 from ..errors import RecipeError
+from ..pretrained import quiet
 from . import state as disk
 from .losses import Objective, answers
 from .memory import checkpoint_activations

@@ -6,19 +6,21 @@ there is one, and the dense blocks in front, of which there is none.
 
 from dataclasses import replace
 
-from . import ANY, Axis, Branch, Param
+from . import ANY, Axis, Param
 from .llama import ARCHITECTURE as LLAMA
 from .qwen2 import QKV_BIAS
-from .qwen2_moe import ATTENTION, EIGHT, EXPERTS, FFN, ROUTED, ROUTED_BRANCH, ROUTING
+from .qwen2_moe import ARCHITECTURE as QWEN2_MOE
+from .qwen2_moe import ATTENTION, EIGHT, EXPERTS, FFN, ROUTED, ROUTED_BRANCH, ROUTING, shared_expert
+
+SHARED, SHARED_BRANCH = shared_expert(f"{FFN}.shared_experts", "shared * ffn{i}")
 
 ARCHITECTURE = replace(
     LLAMA,
     model_type="glm4_moe",
     config=(
-        *(equation for equation in LLAMA.config if equation[0] != "intermediate_size"),
+        *(e for e in QWEN2_MOE.config if e[0] not in ("num_experts", "shared_expert_intermediate_size")),
         ("n_routed_experts", "experts"),
         ("n_shared_experts", "shared"),
-        ("moe_intermediate_size", "ffn"),
     ),
     axes=(Axis("hidden", EIGHT), Axis("kv_heads")),
     params=(
@@ -28,20 +30,9 @@ ARCHITECTURE = replace(
         Param("@layers.{i}.self_attn.k_norm.weight", "head_dim", when="use_qk_norm"),
         *ROUTED,
         Param(f"{FFN}.gate.e_score_correction_bias", "experts{i}", kind="buffer", dtype="float32"),
-        Param(f"{FFN}.shared_experts.gate_proj.weight", "shared * ffn{i}, hidden"),
-        Param(f"{FFN}.shared_experts.up_proj.weight", "shared * ffn{i}, hidden"),
-        Param(f"{FFN}.shared_experts.down_proj.weight", "hidden, shared * ffn{i}"),
+        *SHARED,
     ),
-    branches=(
-        LLAMA.branches[0],
-        ROUTED_BRANCH,
-        Branch(
-            norm=ROUTED_BRANCH.norm,
-            reads=(f"{FFN}.shared_experts.gate_proj", f"{FFN}.shared_experts.up_proj"),
-            writes=f"{FFN}.shared_experts.down_proj",
-            inner="shared * ffn{i}",
-        ),
-    ),
+    branches=(LLAMA.branches[0], ROUTED_BRANCH, SHARED_BRANCH),
     experts=replace(EXPERTS, count="n_routed_experts", weights="sigmoid"),
     settings={
         **{name: values for name, values in LLAMA.settings.items() if name not in ("mlp_bias", "pretraining_tp")},

@@ -29,6 +29,24 @@ ROUTED_BRANCH = Branch(
     writes=f"{FFN}.experts.down_proj",
     inner="ffn{i}",
 )
+
+
+def shared_expert(name: str, ffn: str, gate: str = "") -> tuple[tuple[Param, ...], Branch]:
+    """Parameters and branch of the expert that works on every token.
+
+    Args:
+        name: of its module.
+        ffn: its width, by axis names.
+        gate: a module `[1, hidden]` whose sigmoid weights it; empty if none does.
+    """
+    writes = f"{name}.down_proj"
+    reads: tuple[str, ...] = (f"{name}.gate_proj", f"{name}.up_proj")
+    params = [*(Param(f"{r}.weight", f"{ffn}, hidden") for r in reads), Param(f"{writes}.weight", f"hidden, {ffn}")]
+    if gate:
+        params, reads = [*params, Param(f"{gate}.weight", "1, hidden")], (*reads, gate)
+    return tuple(params), Branch(norm=ROUTED_BRANCH.norm, reads=reads, writes=writes, inner=ffn)
+
+
 ROUTING = {
     "num_experts_per_tok": ANY,
     "norm_topk_prob": ANY,
@@ -36,6 +54,8 @@ ROUTING = {
     "router_aux_loss_coef": ANY,
     "intermediate_size": ANY,  # of dense blocks; there are none
 }
+
+SHARED, SHARED_BRANCH = shared_expert(f"{FFN}.shared_expert", "shared_ffn{i}", gate=f"{FFN}.shared_expert_gate")
 
 ARCHITECTURE = replace(
     QWEN2,
@@ -51,21 +71,9 @@ ARCHITECTURE = replace(
         *ATTENTION,
         *(replace(p, when="qkv_bias") for p in LLAMA.params if p.name.endswith(QKV_BIAS)),
         *ROUTED,
-        Param(f"{FFN}.shared_expert.gate_proj.weight", "shared_ffn{i}, hidden"),
-        Param(f"{FFN}.shared_expert.up_proj.weight", "shared_ffn{i}, hidden"),
-        Param(f"{FFN}.shared_expert.down_proj.weight", "hidden, shared_ffn{i}"),
-        Param(f"{FFN}.shared_expert_gate.weight", "1, hidden"),
+        *SHARED,
     ),
-    branches=(
-        LLAMA.branches[0],
-        ROUTED_BRANCH,
-        Branch(
-            norm=ROUTED_BRANCH.norm,
-            reads=(f"{FFN}.shared_expert.gate_proj", f"{FFN}.shared_expert.up_proj", f"{FFN}.shared_expert_gate"),
-            writes=f"{FFN}.shared_expert.down_proj",
-            inner="shared_ffn{i}",
-        ),
-    ),
+    branches=(LLAMA.branches[0], ROUTED_BRANCH, SHARED_BRANCH),
     experts=EXPERTS,
     settings={
         **QWEN2.settings,

@@ -35,23 +35,20 @@ CARRIED = (
     "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type",
 )  # fmt: skip
 """Config attributes that mean the same in all classes."""
+MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Where a class keeps its shared expert.
+    """What a class' shared expert, the last branch of a block, is like.
 
     Attributes:
-        reads: parameters of gate and up, or one of both.
-        writes: the parameter of down.
         needed: whether it must have units.
-        gate: a parameter whose sigmoid weights the expert; zero, it gives one half.
+        gated: whether it reads through one module more, whose sigmoid weights it; zero, it gives one half.
     """
 
-    reads: tuple[str, ...]
-    writes: str
     needed: bool = False
-    gate: str = ""
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,23 @@ class Target:
 
     Attributes:
         model_type: its name in transformers.
-        settings: (config of the source, cut) → attributes beyond `CARRIED`.
+        settings: (layout of the source, cut) → attributes beyond `CARRIED`.
         free: whether `num_experts_per_tok` may be changed at load.
         shared: its shared expert; None if it has none.
         window: which windows of the source it can hold: one that `all` blocks have, or `each` block's own.
         folded: whether a chosen part's weight is made one by the down projection, not by the config.
         zeros: parameters and buffers that stay zero.
+        multipliers: whether it multiplies embeddings, branches, scores and logits as the source does.
     """
 
     model_type: str
-    settings: Callable[[Any, Cut], dict[str, Any]]
+    settings: Callable[[Layout, Cut], dict[str, Any]]
     free: bool
     shared: Shared | None = None
     window: str = ""
     folded: bool = True
     zeros: tuple[str, ...] = ()
+    multipliers: bool = False
 
 
 def windows(config: Any) -> set[int]:
@@ -94,30 +93,39 @@ def _windowed(config: Any) -> dict[str, Any]:
     return {"use_sliding_window": True, "sliding_window": max(found), "layer_types": list(types)}
 
 
-def _qwen2_moe(config: Any, cut: Cut) -> dict[str, Any]:
+def _routed(cut: Cut) -> dict[str, Any]:
+    return {"moe_intermediate_size": cut.padded, "intermediate_size": cut.width, "norm_topk_prob": False}
+
+
+def _qwen(cut: Cut) -> dict[str, Any]:
+    return {**_routed(cut), "num_experts": cut.routed, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def _qwen2_moe(layout: Layout, cut: Cut) -> dict[str, Any]:
+    shared = max(cut.shared, 1) * cut.padded
+    biased = has(layout, "q_proj.bias")
     return {
-        **_windowed(config),
-        "qkv_bias": config.model_type == "qwen2",
-        "num_experts": cut.routed,
-        "moe_intermediate_size": cut.padded,
-        "shared_expert_intermediate_size": max(cut.shared, 1) * cut.padded,
-        "intermediate_size": cut.width,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        **_windowed(layout.config),
+        **_qwen(cut),
+        "qkv_bias": biased,
+        "shared_expert_intermediate_size": shared,
     }
 
 
-def _glm4_moe(config: Any, cut: Cut) -> dict[str, Any]:
+def _qwen3_moe(layout: Layout, cut: Cut) -> dict[str, Any]:
+    found = windows(layout.config)
+    window = {"use_sliding_window": 0 not in found, "sliding_window": None if 0 in found else max(found)}
+    return {**_qwen(cut), **window, "attention_bias": has(layout, "q_proj.bias")}
+
+
+def _glm4_moe(layout: Layout, cut: Cut) -> dict[str, Any]:
     return {
-        "attention_bias": _biased(config),
-        "use_qk_norm": config.model_type == "qwen3",
+        **_routed(cut),
+        "attention_bias": has(layout, "q_proj.bias"),
+        "use_qk_norm": has(layout, "q_norm.weight"),
         "partial_rotary_factor": 1.0,
         "n_routed_experts": cut.routed,
         "n_shared_experts": cut.shared,
-        "moe_intermediate_size": cut.padded,
-        "intermediate_size": cut.width,
-        "norm_topk_prob": False,
         "routed_scaling_factor": 2.0,
         "n_group": 1,
         "topk_group": 1,
@@ -125,83 +133,40 @@ def _glm4_moe(config: Any, cut: Cut) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(config: Any, cut: Cut) -> dict[str, Any]:
-    everywhere = 0 not in windows(config)
+def _mixtral(layout: Layout, cut: Cut) -> dict[str, Any]:
+    window = max(windows(layout.config)) or None
+    return {"sliding_window": window, "num_local_experts": cut.routed, "intermediate_size": cut.padded}
+
+
+def _granite(layout: Layout, cut: Cut) -> dict[str, Any]:
+    neutral = {**dict.fromkeys(MULTIPLIERS, 1.0), "attention_multiplier": layout.families["head_dim"] ** -0.5}
     return {
-        "use_sliding_window": everywhere,
-        "sliding_window": max(windows(config)) if everywhere else None,
-        "attention_bias": _biased(config),
-        "num_experts": cut.routed,
-        "moe_intermediate_size": cut.padded,
-        "intermediate_size": cut.width,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def _mixtral(config: Any, cut: Cut) -> dict[str, Any]:
-    return {
-        "sliding_window": max(windows(config)) or None,
-        "num_local_experts": cut.routed,
-        "intermediate_size": cut.padded,
-    }
-
-
-def _granite(config: Any, cut: Cut) -> dict[str, Any]:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "attention_bias": _biased(config),
+        **{name: getattr(layout.config, name, value) for name, value in neutral.items()},
+        "attention_bias": has(layout, "q_proj.bias"),
         "num_local_experts": cut.routed,
         "intermediate_size": cut.padded,
         "shared_intermediate_size": cut.shared * cut.padded,
-        "embedding_multiplier": getattr(config, "embedding_multiplier", 1.0),
-        "logits_scaling": getattr(config, "logits_scaling", 1.0),
-        "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
-        "attention_multiplier": getattr(config, "attention_multiplier", head**-0.5),
     }
 
 
-def _biased(config: Any) -> bool:
-    return bool(getattr(config, "attention_bias", config.model_type == "qwen2"))
+def has(layout: Layout, name: str) -> bool:
+    """Whether a model has tensors whose names end so."""
+    return any(tensor.endswith(name) for tensor in layout.tensors)
 
 
-MLP = "@layers.{i}.mlp"
 TARGETS: Mapping[str, Target] = {
-    "qwen2_moe": Target(
-        "qwen2_moe",
-        _qwen2_moe,
-        free=True,
-        shared=Shared(
-            reads=(f"{MLP}.shared_expert.gate_proj.weight", f"{MLP}.shared_expert.up_proj.weight"),
-            writes=f"{MLP}.shared_expert.down_proj.weight",
-            gate=f"{MLP}.shared_expert_gate.weight",
-        ),
-        window="each",
-    ),
+    "qwen2_moe": Target("qwen2_moe", _qwen2_moe, free=True, shared=Shared(gated=True), window="each"),
     "glm4_moe": Target(
         "glm4_moe",
         _glm4_moe,
         free=True,
-        shared=Shared(
-            reads=(f"{MLP}.shared_experts.gate_proj.weight", f"{MLP}.shared_experts.up_proj.weight"),
-            writes=f"{MLP}.shared_experts.down_proj.weight",
-            needed=True,
-        ),
+        shared=Shared(needed=True),
         folded=False,
-        zeros=(f"{MLP}.gate.e_score_correction_bias",),
+        zeros=("@layers.{i}.mlp.gate.e_score_correction_bias",),
     ),
     "qwen3_moe": Target("qwen3_moe", _qwen3_moe, free=True, window="all"),
     "mixtral": Target("mixtral", _mixtral, free=False, window="all"),
-    "granite_moe_shared": Target(
-        "granitemoeshared",
-        _granite,
-        free=False,
-        shared=Shared(
-            reads=("@layers.{i}.shared_mlp.input_linear.weight",),
-            writes="@layers.{i}.shared_mlp.output_linear.weight",
-        ),
-    ),
+    "granite_moe_shared": Target("granitemoeshared", _granite, free=False, shared=Shared(), multipliers=True),
 }
 """In the order in which `auto` tries them."""
 
@@ -213,7 +178,7 @@ def restated(layout: Layout, cut: Cut, target: Target) -> Layout:
     config = layout.config
     carried = {name: getattr(config, name) for name in CARRIED if hasattr(config, name)}
     rope = copy.deepcopy(config.rope_parameters)
-    settings = target.settings(config, cut)
+    settings = target.settings(layout, cut)
     if "partial_rotary_factor" in settings:
         rope["partial_rotary_factor"] = settings["partial_rotary_factor"]
     made = AutoConfig.for_model(
@@ -238,8 +203,7 @@ def why_not(layout: Layout, cut: Cut, target: Target) -> str:
     found = windows(layout.config)
     if found != {0} and (not target.window or (target.window == "all" and len(found) > 1)):
         return f"attention windows of {', '.join(str(w or 'all') for w in sorted(found))} tokens"
-    scales = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-    if any(hasattr(layout.config, name) for name in scales) and target.model_type != "granitemoeshared":
+    if any(hasattr(layout.config, name) for name in MULTIPLIERS) and not target.multipliers:
         return "multipliers on embeddings, branches and logits"
     made = restated(layout, cut, target)
     theirs, ours = others(made, experts_names(made, target)), others(layout, ffn_names(layout))
@@ -261,12 +225,19 @@ def ffn_names(layout: Layout) -> set[str]:
 
 def experts_names(layout: Layout, target: Target) -> set[str]:
     """The tensors that replace them."""
-    experts, shared = layout.arch.experts, target.shared
+    experts = layout.arch.experts
     assert experts is not None
-    templates = [experts.router, experts.gate_up, experts.down, *target.zeros]
-    if shared is not None:
-        templates += [*shared.reads, shared.writes, *([shared.gate] if shared.gate else [])]
+    templates = [experts.router, experts.gate_up, experts.down, *target.zeros, *shared_names(layout, target)]
     return {layout.full(template, block) for template in templates for block in range(layout.depth)}
+
+
+def shared_names(layout: Layout, target: Target) -> list[str]:
+    """Templates of the shared expert's parameters: what it reads through, down, and its own gate last if it has one."""
+    if target.shared is None:
+        return []
+    branch = layout.arch.branches[-1]
+    own, gate = (branch.reads[:-1], branch.reads[-1:]) if target.shared.gated else (branch.reads, ())
+    return [f"{module}.weight" for module in (*own, branch.writes, *gate)]
 
 
 def find_target(layout: Layout, cut: Cut, name: str) -> tuple[str, Target]:
@@ -307,18 +278,16 @@ def stored(block: Block, layout: Layout, target: Target, number: int) -> dict[st
         experts.down: factor * down[cut.shared :].mT,
     }
     if target.shared is not None:
-        made |= _shared(target.shared, *(part[: cut.shared].flatten(0, 1) for part in (gate, up, down)))
+        gate, up, down = (part[: cut.shared].flatten(0, 1) for part in (gate, up, down))
+        *reads, writes = shared_names(layout, target)[: -1 if target.shared.gated else None]
+        made |= dict(zip(reads, [torch.cat([gate, up])] if len(reads) == 1 else [gate, up], strict=True))
+        made[writes] = (2.0 if target.shared.gated else 1.0) * down.T
     found = {layout.full(name, number): tensor for name, tensor in made.items()}
     return {
         name: _filled(found.get(name), layout.tensors[name].shape)
-        for template in (*made, *target.zeros, *([target.shared.gate] if target.shared and target.shared.gate else []))
-        if (name := layout.full(template, number)) in layout.tensors
+        for name in (layout.full(t, number) for t in (*made, *target.zeros, *shared_names(layout, target)))
+        if name in layout.tensors
     }
-
-
-def _shared(shared: Shared, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
-    reads = [torch.cat([gate, up])] if len(shared.reads) == 1 else [gate, up]
-    return {**dict(zip(shared.reads, reads, strict=True)), shared.writes: (2.0 if shared.gate else 1.0) * down.T}
 
 
 def _filled(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -63,7 +64,7 @@ def options(found: type) -> list[dict[str, str]]:
         listed.append(
             {
                 "name": field.name,
-                "type": _type(hints[field.name]),
+                "type": spelled(hints[field.name]),
                 "default": "(required)" if required else str(default),
                 "meaning": meanings.get(field.name, ""),
             }
@@ -71,18 +72,22 @@ def options(found: type) -> list[dict[str, str]]:
     return listed
 
 
-def _type(hint: Any) -> str:
-    bounds = ""
+def spelled(hint: Any) -> str:
+    """A type as people write it: `int, > 1 | none`, `list of ffn | heads`."""
     if typing.get_origin(hint) is Annotated:
-        hint, *extras = typing.get_args(hint)
+        inner, *extras = typing.get_args(hint)
         limits = [m for extra in extras for m in getattr(extra, "metadata", [extra])]
         signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
         found = [f"{signs[k]} {v}" for m in limits for k, v in vars_of(m).items() if k in signs and v is not None]
-        bounds = f", {', '.join(found)}" if found else ""
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return re.sub(r"\b(typing|collections\.abc)\.", "", text).replace("NoneType", "None") + bounds
+        return ", ".join([spelled(inner), *found])
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(map(str, inside))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(spelled, inside))
+    if origin in (list, tuple):
+        return f"list of {spelled(inside[0])}"
+    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def vars_of(limit: Any) -> dict[str, Any]:

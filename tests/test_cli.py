@@ -181,6 +181,9 @@ def test_passes_lists_and_describes(run):
     assert all(len(e["summary"]) > 10 for e in json.loads(out))
     code, out, _ = run("passes", "slice")
     assert "remove" in out
+    for name in [e["name"] for e in json.loads(run("passes", "--json")[1])]:
+        types = [option["type"] for option in json.loads(run("passes", name, "--json")[1])["options"]]
+        assert not [t for t in types if "[" in t or "Annotated" in t], "as people write them"
     code, _, err = run("passes", "slise")
     assert code == 2
     assert "Did you mean 'slice'?" in one_line(err)

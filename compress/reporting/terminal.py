@@ -19,8 +19,8 @@ def answer(value: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         show(value)
 
 
-def table(rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table whose first row is the head; numbers stand right."""
+def table(rows: Sequence[Sequence[str]], title: str = "", prose: bool = False) -> None:
+    """A table whose first row is the head; numbers stand right, and `prose` left."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -28,7 +28,7 @@ def table(rows: Sequence[Sequence[str]], title: str = "") -> None:
     head, *body = rows
     made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for number, name in enumerate(head):
-        made.add_column(name, justify="right" if number and len(head) > 2 else "left", overflow="fold")
+        made.add_column(name, justify="right" if number and len(head) > 2 and not prose else "left", overflow="fold")
     for row in body:
         made.add_row(*row)
     # A table cut to 80 columns in a log loses its figures; only a real terminal sets the width.
@@ -123,14 +123,14 @@ def promises(directory: Path, found: Sequence[Found]) -> None:
 
 def catalogue(found: Sequence[Found]) -> None:
     """Passes and exporters, a line each."""
-    table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in found)])
+    table([["name", "kind", "what it does"], *([e["name"], e["kind"], e["summary"]] for e in found)], prose=True)
 
 
 def description(found: Found) -> None:
     """One pass or exporter with its options."""
     print(f"{found['name']} ({found['kind']})\n\n{found['text']}\n")
     options = [[o["name"], o["type"], o["default"], o["meaning"]] for o in found["options"]]
-    table([["option", "type", "default", "meaning"], *options])
+    table([["option", "type", "default", "meaning"], *options], prose=True)
 
 
 def coverage(found: Mapping[str, Mapping[str, str]]) -> None:

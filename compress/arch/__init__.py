@@ -180,6 +180,12 @@ def layer_norm(name: str, bias_when: str = "", **options: Any) -> tuple[Param, P
     return Param(f"{name}.weight", "hidden", **options), Param(f"{name}.bias", "hidden", when=bias_when, **options)
 
 
+def causal_heads(embeddings: str, *more: Param) -> dict[str, tuple[Param, ...]]:
+    """A decoder bare and with its language-model head, which a config may tie to the `embeddings`."""
+    head = Param("lm_head.weight", "vocab, hidden", shared_when="tie_word_embeddings", shared_with=embeddings)
+    return {"feature-extraction": (), "text-generation": (head, *more)}
+
+
 # Attributes that any config may carry and that change nothing a pass computes.
 NEUTRAL = frozenset(
     (

@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm decoder with learned positions; weights lie transposed (Conv1D), q, k, v in one tensor."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm
+from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@h.{i}"
@@ -53,17 +53,7 @@ ARCHITECTURE = Architecture(
     norm=Norm("layer", eps="layer_norm_epsilon"),
     stream="pre-norm",
     final_norm="@ln_f",
-    heads={
-        "feature-extraction": (),
-        "text-generation": (
-            Param(
-                "lm_head.weight",
-                "vocab, hidden",
-                shared_when="tie_word_embeddings",
-                shared_with="@wte.weight",
-            ),
-        ),
-    },
+    heads=causal_heads("@wte.weight"),
     reads_stream=("lm_head",),
     settings={
         "activation_function": ANY,

@@ -1,6 +1,6 @@
 """Llama: pre-norm RMSNorm decoder, grouped-query attention with RoPE, gated FFN."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param
+from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads
 
 QKV = "kv_heads{i} * queries * head_dim"
 KV = "kv_heads{i} * head_dim"
@@ -65,17 +65,7 @@ ARCHITECTURE = Architecture(
     norm=Norm("rms", eps="rms_norm_eps"),
     stream="pre-norm",
     final_norm="@norm",
-    heads={
-        "feature-extraction": (),
-        "text-generation": (
-            Param(
-                "lm_head.weight",
-                "vocab, hidden",
-                shared_when="tie_word_embeddings",
-                shared_with="@embed_tokens.weight",
-            ),
-        ),
-    },
+    heads=causal_heads("@embed_tokens.weight"),
     reads_stream=("lm_head",),
     settings={
         "hidden_act": ANY,

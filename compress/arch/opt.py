@@ -3,7 +3,7 @@
 Understood in the form of every size but 350m, which puts its norms behind the additions and projects its embeddings.
 """
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm, linear
+from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm, linear
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@decoder.layers.{i}"
@@ -54,17 +54,7 @@ ARCHITECTURE = Architecture(
     norm=Norm("layer", eps=""),
     stream="pre-norm",
     final_norm="@decoder.final_layer_norm",
-    heads={
-        "feature-extraction": (),
-        "text-generation": (
-            Param(
-                "lm_head.weight",
-                "vocab, hidden",
-                shared_when="tie_word_embeddings",
-                shared_with="@decoder.embed_tokens.weight",
-            ),
-        ),
-    },
+    heads=causal_heads("@decoder.embed_tokens.weight"),
     reads_stream=("lm_head",),
     settings={
         "activation_function": ANY,

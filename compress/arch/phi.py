@@ -1,6 +1,6 @@
 """Phi (1, 1.5, 2): LayerNorm decoder whose attention and FFN read one norm and add to the stream together."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm, linear
+from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm, linear
 from .llama import KV, QKV
 
 ATTENTION = "@layers.{i}.self_attn"
@@ -46,18 +46,7 @@ ARCHITECTURE = Architecture(
     norm=Norm("layer", eps="layer_norm_eps"),
     stream="pre-norm",
     final_norm="@final_layernorm",
-    heads={
-        "feature-extraction": (),
-        "text-generation": (
-            Param(
-                "lm_head.weight",
-                "vocab, hidden",
-                shared_when="tie_word_embeddings",
-                shared_with="@embed_tokens.weight",
-            ),
-            Param("lm_head.bias", "vocab"),
-        ),
-    },
+    heads=causal_heads("@embed_tokens.weight", Param("lm_head.bias", "vocab")),
     reads_stream=("lm_head",),
     settings={
         "hidden_act": ANY,

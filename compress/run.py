@@ -23,6 +23,7 @@ from .plan import Plan, PlannedStep, make_plan
 from .progress import Progress
 from .recipe import Recipe
 from .reporting import report
+from .reporting.files import write_report
 from .rundir import RunDirectory, hash_tree, next_free, to_json, write_atomic, written_beside
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class _Run:
             failure = error
         self._publish(failed=failure is not None)
         metrics = report.collect(self.directory.journal, self.plan, failed=failure is not None)
-        report.write(self.directory.path, self.plan, metrics, self.directory.journal)
+        write_report(self.directory.path, self.plan, metrics, self.directory.journal)
         if failure is not None:
             failure.directory = self.directory.path
             raise failure

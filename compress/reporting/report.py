@@ -8,10 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ..rundir import to_json, write_atomic
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -194,28 +191,6 @@ def gates(journal: Sequence[Entry]) -> list[dict[str, Any]]:
         for entry in journal
         for verdict in entry.get("verdicts", ())
     ]
-
-
-def write(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Sequence[Entry]) -> None:
-    """Write metrics.json, report.md and report.html."""
-    from ..preflight import size
-    from .page import render
-
-    lock = json.loads((directory / "lock.json").read_text("utf-8"))
-    write_atomic(directory / "metrics.json", to_json(metrics))
-    text = environment().get_template("report.md").render(
-        plan=plan,
-        metrics=metrics,
-        table=markdown_table(rows(metrics)),
-        gates=gates(journal),
-        precisions=precisions(journal),
-        steps=[e for e in journal if "seconds" in e],
-        lock=lock,
-        size=size,
-        recipe=(directory / "recipe.yaml").read_text("utf-8"),
-    )
-    write_atomic(directory / "report.md", text)
-    write_atomic(directory / "report.html", render(directory, plan, metrics, journal))
 
 
 def model_card(plan: Plan, journal: Sequence[Entry]) -> str:

@@ -30,6 +30,7 @@ from .errors import PreflightError, RecipeError
 from .pass_ import STRICT
 from .paths import resolve_path
 from .tables import DATASETS
+from .tokens import Input, Tokens
 from .units import RECORDS, Part, bounds, files, units
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ class Source:
         samples: how many sequences to take; fewer if there are fewer.
         length: tokens of a window (causal) or the most tokens of a sequence (encoders).
         span: share of the units (lines, records, files, images of a class) to use, e.g. `0%-60%`; all if None.
-        label: the field that holds the class, the score of a pair, or the number of the right choice from 0.
-        pair: the two fields that hold the texts of a pair; instead of `field`.
+        label: the field that holds the class, the score, or the number of the right choice from 0.
+        pair: the two fields that hold the texts of a pair; instead of `field`. A model of features reads them apart,
+            a classifier in one sequence.
         choices: the fields that hold a question's answers; or one field that holds a list of them.
         columns: names of the columns of a .csv or .tsv without a heading.
         delimiter: of a .csv or .tsv, if not a comma or a tab as its ending says. With a tab, quotes are plain text.
@@ -130,10 +132,11 @@ class Sample:
         bytes: UTF-8 bytes of `text`.
         text: what is scored: for a window the text of its predicted tokens, for a choice its own text, else that of
             all tokens; for an image its file.
-        label: the class' number, the pair's score, or the number of the right choice; None without labels.
+        label: the class' number, the text's or pair's score, or the number of the right choice; None without labels.
         targets: int64 `[n]`: what each row of a model's answer should name, or `UNASKED`, or `UNNAMED`; None for the
             next token everywhere.
         others: the second text of a pair, the choices after the first.
+        types: int64 `[n]`: the text of a pair that each token is of, see `Tokens`; None without.
     """
 
     ids: np.ndarray
@@ -142,6 +145,12 @@ class Sample:
     label: float | None = None
     targets: np.ndarray | None = None
     others: tuple[Sample, ...] = ()
+    types: np.ndarray | None = None
+
+    @property
+    def input(self) -> Input:
+        """What a model is asked for this part."""
+        return self.ids if self.types is None else Tokens(self.ids, self.types)
 
     @property
     def parts(self) -> tuple[Sample, ...]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .checkpoint import Checkpoint
     from .evaluate import Scorer
     from .layout import Layout
     from .pass_ import Forecast
+    from .tokens import Input
 
 
 class Exporter(ABC):
@@ -32,13 +31,13 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint.
 
         Args:
             checkpoint: what to export; not changed.
             directory: exists and is empty; the caller renames it into place when all is well.
-            samples: real token sequences (int64 `[n_i]`) for the parity check.
+            samples: real token sequences (int64 `[n_i]`, or `Tokens` with types) or images for the parity check.
 
         Returns:
             what artifact.json holds (inputs, outputs, opset, hashes, parity).

@@ -23,6 +23,8 @@ from itertools import chain
 
 import numpy as np
 
+from .tokens import Input, Tokens
+
 Pattern = tuple[int, tuple[int, ...]]
 """(how many rows, the lengths in each)."""
 
@@ -36,36 +38,42 @@ class PackedBatch:
         segments: int64 `[rows, width]`: 1, 2, … by sequence within the row, 0 at padding.
         positions: int64 `[rows, width]`: 0, 1, … within each sequence, 0 at padding.
         rows: indices of the sequences in each row, in their order there.
+        types: int64 `[rows, width]`, 0 at padding; None where no sequence has any.
     """
 
     ids: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     rows: tuple[tuple[int, ...], ...]
+    types: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, sequences: Sequence[np.ndarray], rows: Sequence[Sequence[int]], width: int, pad_id: int = 0
+        cls, sequences: Sequence[Input], rows: Sequence[Sequence[int]], width: int, pad_id: int = 0
     ) -> PackedBatch:
-        """Lay out sequences (int64 `[n_i]`) as `rows` says.
+        """Lay out sequences (int64 `[n_i]`, or with types) as `rows` says.
 
         Raises:
             ValueError: a row is over `width`, a sequence is empty, or one is not in exactly one row.
         """
         if sorted(chain.from_iterable(rows)) != list(range(len(sequences))):
             raise ValueError("every sequence belongs in exactly one row")
+        tokens = [Tokens.of(sequence) for sequence in sequences]
         ids = np.full((len(rows), width), pad_id, np.int64)
         segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+        types = np.zeros_like(ids) if any(one.types is not None for one in tokens) else None
         for row, members in enumerate(rows):
-            lengths = np.array([len(sequences[index]) for index in members], np.int64)
+            lengths = np.array([len(tokens[index]) for index in members], np.int64)
             ends = lengths.cumsum()
             if not len(members) or lengths.min() == 0 or ends[-1] > width:
                 raise ValueError(f"row {row} holds sequences of {lengths.tolist()} tokens, width is {width}")
             used = int(ends[-1])
-            ids[row, :used] = np.concatenate([sequences[index] for index in members])
+            ids[row, :used] = np.concatenate([tokens[index].ids for index in members])
+            if types is not None:
+                types[row, :used] = np.concatenate([tokens[index].kinds for index in members])
             segments[row, :used] = np.repeat(np.arange(1, len(members) + 1), lengths)
             positions[row, :used] = np.arange(used) - np.repeat(ends - lengths, lengths)
-        return cls(ids, segments, positions, tuple(tuple(map(int, members)) for members in rows))
+        return cls(ids, segments, positions, tuple(tuple(map(int, members)) for members in rows), types)
 
     @property
     def order(self) -> list[int]:

@@ -18,10 +18,9 @@ from pydantic import ConfigDict
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-
     from .checkpoint import Check, Checkpoint
     from .layout import Layout
+    from .tokens import Input
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 """Configuration of every options dataclass: unknown keys and wrong types are refused."""
@@ -53,7 +52,8 @@ class Context:
     """What a pass may use beside its options, and where it leaves word.
 
     Attributes:
-        calibration: token sequences (int64 `[n_i]`), seeded and fixed for the run; never held-out data.
+        calibration: token sequences (int64 `[n_i]`, or `Tokens` with types) or images, seeded and fixed for the run;
+            never held-out data.
         seed: the recipe's seed, already specific to the step.
         track: wraps an iterable of known length in a progress bar.
         details: JSON values for the journal and the report.
@@ -61,7 +61,7 @@ class Context:
         folder: where a long pass may keep its state. What lies there outlives a kill, and goes when the step is done.
     """
 
-    calibration: list[np.ndarray]
+    calibration: list[Input]
     seed: int = 0
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, _label: items)
     details: dict[str, Any] = field(default_factory=dict)

@@ -147,20 +147,22 @@ def lean_weight(layout: Layout) -> int:
     return 8 * max(math.prod(shape) for shape in layout.shapes().values())
 
 
-def _check_metrics(recipe: Recipe, task: str, inputs: str) -> None:
-    """Metrics and gates must read what a model of this task answers and what the held-out data brings."""
-    from .evaluate import ALWAYS, OUTPUTS, check_metrics
+def _check_metrics(recipe: Recipe, layout: Layout) -> None:
+    """Metrics and gates must read what the model answers and what the held-out data brings."""
+    from .evaluate import ALWAYS, OUTPUTS, check_metrics, output_of
     from .evaluate.score import NEEDS
 
-    if task not in OUTPUTS:
+    if layout.task not in OUTPUTS:
         return
+    output = output_of(layout.task, layout.sizes["labels"])
     data = recipe.data.heldout
     brings = {"": True}
     if data is not None:
-        label = bool(data.label) or inputs == "pixels"  # the folders of images are the labels
-        brings |= {"label": label, "pair": label and bool(data.pair), "choices": label and bool(data.choices)}
+        label = bool(data.label) or layout.arch.inputs == "pixels"  # the folders of images are the labels
+        brings |= {"label": label, "tags": label, "choices": label and bool(data.choices)}
+        brings["score"] = label and (output == "number" or bool(data.pair))
     for number, name in enumerate(recipe.metrics):
-        (metric,) = check_metrics([name], OUTPUTS[task], recipe.place("metrics", number))
+        (metric,) = check_metrics([name], output, recipe.place("metrics", number))
         if not brings.get(metric.needs, False):
             raise RecipeError(recipe.place("metrics", number), f"{name!r} on data without", NEEDS[metric.needs])
     gates: list[tuple[tuple[str | int, ...], Gate]] = [(("gate",), gate) for gate in recipe.gate]
@@ -168,7 +170,7 @@ def _check_metrics(recipe: Recipe, task: str, inputs: str) -> None:
     gates += [(("export", n, "gate"), gate) for n, step in enumerate(recipe.export) for gate in step.gate]
     for loc, gate in gates:
         if gate.metric not in ALWAYS:
-            check_metrics([gate.metric], OUTPUTS[task], recipe.place(*loc))
+            check_metrics([gate.metric], output, recipe.place(*loc))
 
 
 def make_plan(recipe: Recipe, layout: Layout) -> Plan:
@@ -178,7 +180,7 @@ def make_plan(recipe: Recipe, layout: Layout) -> Plan:
         RecipeError: a step cannot work; says at which line of the recipe.
     """
     original = layout
-    _check_metrics(recipe, layout.task, layout.arch.inputs)
+    _check_metrics(recipe, layout)
     layout = Plan(recipe, original, (), ()).start
     passes: list[PlannedStep] = []
     for number, step in enumerate(recipe.passes):

@@ -2,7 +2,7 @@
 
     text-generation       windows of text; or questions with choices, each choice a sequence behind its context
     feature-extraction    texts; or pairs of texts with a score
-    text-classification   texts (or two in one sequence) with a class
+    text-classification   texts (or two in one sequence) with a class; or with a score, where the model has one label
     token-classification  texts; or lists of words with a class each
     fill-mask             texts, 15 % of the tokens of each behind the mask token
     image-classification  a folder of images for each class
@@ -34,7 +34,7 @@ import numpy as np
 
 from .data import UNASKED, UNNAMED, Sample, Source, choose, read_samples
 from .errors import PreflightError, RecipeError
-from .evaluate.scorer import OUTPUTS, Output
+from .evaluate.scorer import Output, output_of
 from .images import Preparation, numbers
 from .tables import Record
 from .units import classes, rows
@@ -50,6 +50,7 @@ ALLOWED = {
     "logits": ("choices", "label"),
     "embedding": ("pair", "label"),
     "classes": ("pair", "label"),
+    "number": ("pair", "label"),
     "token_classes": ("label",),
 }
 """What a source may name beside its text, by what the model answers."""
@@ -85,7 +86,7 @@ class Reader:
     @property
     def output(self) -> Output:
         """What the model answers."""
-        return OUTPUTS[self.layout.task]
+        return output_of(self.layout.task, self.layout.sizes["labels"])
 
     def read(
         self, source: Source, *, seed: int | None, base: Path | None, place: str = "data", offline: bool = False
@@ -124,6 +125,7 @@ class Reader:
             "logits": self._question,
             "embedding": self._pair,
             "classes": self._labelled,
+            "number": self._labelled,
             "token_classes": self._tagged,
         }[self.output]
         return [make(records[i], source) for i in choose(len(records), source.samples, seed)]
@@ -141,29 +143,31 @@ class Reader:
 
     # --- text
 
-    def _encode(self, source: Source, *texts: str) -> np.ndarray:
+    def _sample(self, source: Source, *texts: str) -> Sample:
+        """A text, or two in one sequence: what the tokenizer puts between them tells them apart, and token types do
+        where the model reads them.
+        """
         assert self.tokenizer is not None
         encoded = self.tokenizer(*texts, truncation=True, max_length=source.length)
-        if any(encoded.get("token_type_ids", ())) and self.layout.arch.token_types:
-            raise RecipeError(
-                "data: pair", "two texts that the model tells apart by token types", "a model that reads one sequence"
-            )
-        return np.asarray(encoded["input_ids"], np.int64)
-
-    def _sample(self, text: str, source: Source) -> Sample:
-        return Sample(self._encode(source, text), len(text.encode()), text)
+        types = np.asarray(encoded.get("token_type_ids", ()), np.int64)
+        told = types if types.any() and self.layout.arch.token_types else None
+        ids = np.asarray(encoded["input_ids"], np.int64)
+        return Sample(ids, len("".join(texts).encode()), " | ".join(texts), types=told)
 
     def _pair(self, record: Record, source: Source) -> Sample:
         assert source.pair is not None
-        first, second = (self._sample(record.text(field, "pair"), source) for field in source.pair)
+        first, second = (self._sample(source, record.text(field, "pair")) for field in source.pair)
         assert source.label is not None
         return replace(first, label=score(record, source.label), others=(second,))
 
     def _labelled(self, record: Record, source: Source) -> Sample:
         texts = [record.text(field, "pair") for field in source.pair] if source.pair else [record.text(source.field)]
-        text = " | ".join(texts)
-        label = None if source.label is None else float(self._class(record.value(source.label, "label"), record.place))
-        return Sample(self._encode(source, *texts), len("".join(texts).encode()), text, label)
+        sample = self._sample(source, *texts)
+        if source.label is None:
+            return sample
+        if self.output == "number":
+            return replace(sample, label=score(record, source.label))
+        return replace(sample, label=float(self._class(record.value(source.label, "label"), record.place)))
 
     def _class(self, value: Any, place: str) -> int:
         labels, count = self._labels(), self.layout.families["labels"]
@@ -316,5 +320,5 @@ def score(record: Record, field: str) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number):
-        raise RecipeError(record.place, f"{field} {str(value)[:60]!r}", "a number, the pair's score")
+        raise RecipeError(record.place, f"{field} {str(value)[:60]!r}", "a number, the score")
     return number

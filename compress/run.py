@@ -241,7 +241,7 @@ class _Run:
 
         started = time.perf_counter()
         context = Context(
-            [part.ids for sample in self.calibration for part in sample.parts],
+            [part.input for sample in self.calibration for part in sample.parts],
             seed=self.recipe.seed * 1000 + number,
             track=self.progress.track,
             original=self.original,
@@ -302,7 +302,7 @@ class _Run:
             raise GateMissed(f"{step}: gate", "; ".join(missed), "", f"The result is in {self.directory.path}/failed.")
 
     def _exports(self, checkpoint: Checkpoint) -> None:
-        samples = [s.ids for s in self.heldout] or random_inputs(checkpoint, self.recipe.seed)
+        samples = [s.input for s in self.heldout] or random_inputs(checkpoint, self.recipe.seed)
         for number, step in enumerate(self.plan.exports):
             entry = self.directory.entry(step.name)
             if entry is None:
@@ -365,16 +365,16 @@ class _Run:
         """The sequences that are timed together: about `TIMED_TOKENS` of the held-out text, or `TIMED_IMAGES`."""
         from .data import Sample
 
-        ids = [s.ids for s in self.heldout] or random_inputs(self.original, self.recipe.seed)
-        if ids[0].ndim == 3:
-            ids = ids[:TIMED_IMAGES]
+        drawn = () if self.heldout else random_inputs(self.original, self.recipe.seed)
+        samples = self.heldout or [Sample(ids=ids, bytes=0, text="") for ids in drawn]
+        if samples[0].ids.ndim == 3:
+            return samples[:TIMED_IMAGES]
         total = 0
-        for count, sequence in enumerate(ids):
-            total += len(sequence)
+        for count, sample in enumerate(samples):
+            total += len(sample.ids)
             if count and total > TIMED_TOKENS:
-                ids = ids[:count]
-                break
-        return [Sample(ids=sequence, bytes=0, text="") for sequence in ids]
+                return samples[:count]
+        return samples
 
     def _publish(self, failed: bool) -> None:
         """Move the last checkpoint and the artifacts to where people look for them."""

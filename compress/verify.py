@@ -180,7 +180,7 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
     import torch
 
     from .checkpoint import Checkpoint
-    from .evaluate import OUTPUTS
+    from .evaluate import output_of
 
     what = f"{artifact.name}: stock ONNX Runtime agrees with the checkpoint"
     described = json.loads((artifact / "artifact.json").read_text("utf-8"))
@@ -203,7 +203,8 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
             found = _fresh(STOCK_ORT, str(artifact / "model.onnx"), str(path))
         except PreflightError as error:
             return Finding(what, False, error.found)
-    whole = OUTPUTS[checkpoint.layout.task] == "classes"  # one answer a sequence or image, not one a token
+    output = output_of(checkpoint.layout.task, checkpoint.layout.sizes["labels"])
+    whole = output in ("classes", "number")  # one answer a sequence or image, not one a token
     real = np.ones(len(exact), bool) if whole else inputs["attention_mask"] > 0
     distance = float(np.abs(found[real] - exact[real]).max())
     # The scale of a state is its norm: single elements shrink with the width.

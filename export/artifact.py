@@ -104,6 +104,11 @@ class Artifact:
         return None if limit is None else int(limit)
 
     @property
+    def token_types(self) -> int:
+        """Token types run below this; 1 where the model reads none."""
+        return int(self.manifest["limits"].get("token_types") or 1)
+
+    @property
     def pooling(self) -> dict[str, Any]:
         """How `sentence_embedding` is made."""
         return dict(self.manifest.get("pooling") or {})

@@ -110,6 +110,7 @@ def facts(
     """What artifact.json says of the model, but for files and parity."""
     layout = checkpoint.layout
     bounds = [n for n in (layout.longest, static and static[1]) if n is not None]
+    types = layout.sizes["token_types"] if layout.arch.token_types else None
     return {
         "model": trace.MODEL_FILE,
         "model_type": layout.arch.model_type,
@@ -119,7 +120,7 @@ def facts(
         "packing": inputs,
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
-        "limits": {"vocab": layout.sizes["vocab"], "max_length": min(bounds, default=None)},
+        "limits": {"vocab": layout.sizes["vocab"], "max_length": min(bounds, default=None), "token_types": types},
         "static": None if static is None else {"rows": static[0], "width": static[1]},
         "pooling": None if pooling is None else pooling.as_json(),
         "parameters": layout.parameters,

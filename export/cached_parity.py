@@ -19,6 +19,7 @@ from .generate import positions
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint
+    from tersor.compress.tokens import Input
 
     from .generate import Generator
 
@@ -84,49 +85,34 @@ def calls(generator: Generator, ids: Sequence[np.ndarray]) -> Iterator[tuple[lis
         yield longer[-2:], [_halves(generator, ids[n]) for n in longer[-2:]]
 
 
-def sample(generator: Generator, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The sequences on which an artifact is judged."""
-    return parity.sequences(samples, generator.artifact.vocab, generator.artifact.max_length or parity.LONGEST)
-
-
-def hold(checkpoint: Checkpoint, generator: Generator, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+def hold(checkpoint: Checkpoint, generator: Generator, samples: Sequence[Input]) -> dict[str, Any]:
     """Measure and judge a float32 graph; returns the figures for artifact.json.
 
     Raises:
         ParityMissed: a logit is further from float64 than the rule allows.
     """
-    ids = sample(generator, samples)
-    exact, single = (parity.reference(checkpoint, ids, dtype) for dtype in (torch.float64, torch.float32))
+    tokens = parity.sample(generator.artifact, samples)
+    exact, single = (parity.reference(checkpoint, tokens, dtype) for dtype in (torch.float64, torch.float32))
     errors = [
-        float(np.abs(got.astype(np.float64) - exact[n]).max())
-        for numbers, answers in calls(generator, ids)
-        for n, got in zip(numbers, answers, strict=True)
+        parity.distance(answers, [exact[n] for n in numbers])
+        for numbers, answers in calls(generator, [one.ids for one in tokens])
     ]
-    torch_error = max(float(np.abs(s.astype(np.float64) - e).max()) for s, e in zip(single, exact, strict=True))
-    limit = max(2 * torch_error, 1e-6 * max(float(np.abs(e).max()) for e in exact))
-    worst = float("nan") if any(np.isnan(errors)) else max(errors)
-    figures = parity.Figures(worst, torch_error, limit, len(ids), len(errors))
-    if not figures.holds:
-        raise ParityMissed(
-            "parity of logits",
-            f"{worst:.2g} from float64",
-            f"at most {limit:.2g} (torch float32 is at {torch_error:.2g})",
-            "The graph and the checkpoint disagree; nothing was written.",
-        )
-    return {"logits": figures.as_json()}
+    scale = max(float(np.abs(one).max()) for one in exact)
+    figures = parity.Figures.of(errors, parity.distance(single, exact), scale, len(tokens))
+    return parity.insist({"logits": figures})
 
 
-def hold_int8(checkpoint: Checkpoint, generator: Generator, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+def hold_int8(checkpoint: Checkpoint, generator: Generator, samples: Sequence[Input]) -> dict[str, Any]:
     """Judge an int8 graph; how much it may lose is the recipe's gate to say, here only that it is not broken.
 
     Raises:
         ParityMissed: logits that have little to do with float64.
     """
-    ids = sample(generator, samples)
-    exact = parity.reference(checkpoint, ids, torch.float64)
+    tokens = parity.sample(generator.artifact, samples)
+    exact = parity.reference(checkpoint, tokens, torch.float64)
     pairs = [
         (got.astype(np.float64), exact[n])
-        for numbers, answers in calls(generator, ids)
+        for numbers, answers in calls(generator, [one.ids for one in tokens])
         for n, got in zip(numbers, answers, strict=True)
     ]
     cosine = np.concatenate(

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 from tersor.compress.errors import PreflightError, RecipeError
-from tersor.compress.evaluate import OUTPUTS, Output
+from tersor.compress.evaluate import Output, output_of
 from tersor.compress.packing import pack
+from tersor.compress.tokens import Input, Tokens
 
 from .artifact import Artifact
-from .rows import check
+from .rows import check, checked
+
+Text = str | tuple[str, str]
 
 
 class Client:
@@ -56,17 +59,19 @@ class Client:
                 str(self.artifact.model_path), f"a graph that does not load: {reason}", "a whole file"
             ) from error
         self.outputs = [o.name for o in self.session.get_outputs()]
-        self.output: Output = OUTPUTS[str(self.artifact.manifest["task"])]
+        width = int(self.artifact.manifest["outputs"][0]["shape"][-1])
+        self.output: Output = output_of(str(self.artifact.manifest["task"]), width)
         self.parameters = int(self.artifact.manifest.get("parameters", 0))
         self.bytes = self.artifact.bytes
-        self._tokenizer: Any = None
+        self._tokenizers: dict[bool, Any] = {}
 
-    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Answer token sequences (int `[n_i]`): float32 logits `[n_i, vocab]`, an embedding `[hidden]`, classes
-        `[labels]` or `[n_i, labels]` each.
+    def __call__(self, sequences: Sequence[Input]) -> list[np.ndarray]:
+        """Answer token sequences (int `[n_i]`, or `Tokens` with types): float32 logits `[n_i, vocab]`, an embedding
+        `[hidden]`, classes `[labels]` or `[n_i, labels]` each.
 
         Raises:
-            RecipeError: a sequence is empty or too long, or an id lies outside the vocabulary; says which.
+            RecipeError: a sequence is empty or too long, an id lies outside the vocabulary, or a token type is none of
+                the model's; says which.
         """
         return self.ask(sequences, self._main)
 
@@ -74,64 +79,66 @@ class Client:
     def _main(self) -> str:
         return "sentence_embedding" if self.output == "embedding" else "logits"
 
-    def stream(self, sequences: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def stream(self, sequences: Iterable[Input]) -> Iterator[np.ndarray]:
         """Answer an endless supply, in its order, a call at a time: nothing is read before its call is due, so a slow
         consumer holds the supply back.
 
         Raises:
             RecipeError: as when calling the client; sequences are numbered from the start.
         """
-        held: list[np.ndarray] = []
+        held: list[Tokens] = []
         used = 0
         for number, sequence in enumerate(sequences):
-            ids = self.checked(sequence, number)
-            if held and used + len(ids) > self.tokens_per_call:
+            tokens = checked(sequence, self.artifact, f"sequence {number}")
+            if held and used + len(tokens) > self.tokens_per_call:
                 yield from self(held)
                 held, used = [], 0
-            held.append(ids)
-            used += len(ids)
+            held.append(tokens)
+            used += len(tokens)
         if held:
             yield from self(held)
 
-    def ask(self, sequences: Sequence[np.ndarray], output: str) -> list[np.ndarray]:
+    def ask(self, sequences: Sequence[Input], output: str) -> list[np.ndarray]:
         """Like calling the client, for the output of this name (`last_hidden_state`: `[n_i, hidden]`)."""
-        ids = [self.checked(s, number) for number, s in enumerate(sequences)]
-        answers: list[np.ndarray | None] = [None] * len(ids)
-        for rows in self.plan([len(i) for i in ids]):
+        tokens = [checked(s, self.artifact, f"sequence {number}") for number, s in enumerate(sequences)]
+        answers: list[np.ndarray | None] = [None] * len(tokens)
+        for rows in self.plan(list(map(len, tokens))):
             flat = [number for row in rows for number in row]
-            for number, answer in zip(flat, self.run(rows, ids, [output])[output], strict=True):
+            for number, answer in zip(flat, self.run(rows, tokens, [output])[output], strict=True):
                 answers[number] = answer
         return [a for a in answers if a is not None]
 
-    def rows(self, ids: np.ndarray, segments: np.ndarray) -> list[np.ndarray]:
+    def rows(self, ids: np.ndarray, segments: np.ndarray, types: np.ndarray | None = None) -> list[np.ndarray]:
         """Answer rows that the caller packed: one answer a segment, row by row.
 
         Args:
             ids: whole numbers `[rows, width]`.
             segments: 0 at padding, 1, 2, … by segment, rising along a row.
+            types: of the tokens, `[rows, width]`; 0 everywhere if None.
 
         Raises:
             RecipeError: see `rows.check`; says row and segment.
         """
-        spans = check(ids, segments, self.artifact.vocab, self.artifact.max_length)
-        return self([ids[row, start:end] for row, start, end in spans])
+        spans = check(ids, segments, self.artifact.vocab, self.artifact.max_length, types, self.artifact.token_types)
+        lines = [Tokens(row, None if types is None else types[r]) for r, row in enumerate(ids)]
+        return self([lines[row][start:end] for row, start, end in spans])
 
-    def texts(self, texts: Sequence[str], truncate: bool = False) -> list[np.ndarray]:
+    def texts(self, texts: Sequence[Text], truncate: bool = False) -> list[np.ndarray]:
         """Answer texts by the artifact's own tokenizer, special tokens included.
 
         Args:
-            texts: any number, in any order.
-            truncate: cut texts that are too long instead of refusing them.
+            texts: any number, in any order; a pair of texts is one sequence, as a cross-encoder reads it.
+            truncate: cut texts that are too long instead of refusing them; of a pair the longer one first.
         """
         return self(self.tokenize(texts, truncate))
 
-    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> list[np.ndarray]:
-        """Token ids, int64 `[n_i]`, of texts.
+    def tokenize(self, texts: Sequence[Text], truncate: bool = False) -> list[Tokens]:
+        """Tokens of texts or pairs.
 
         Raises:
             PreflightError: the artifact carries no tokenizer.json.
         """
-        if self._tokenizer is None:
+        if truncate not in self._tokenizers:
             from tokenizers import Tokenizer
 
             path = self.artifact.directory / "tokenizer.json"
@@ -141,29 +148,13 @@ class Client:
                 )
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_truncation()
+            if truncate and self.artifact.max_length is not None:
+                tokenizer.enable_truncation(self.artifact.max_length)
             tokenizer.no_padding()
-            self._tokenizer = tokenizer
-        limit = self.artifact.max_length
-        encoded = self._tokenizer.encode_batch(list(texts))
-        if truncate and limit is not None:
-            for encoding in encoded:
-                encoding.truncate(limit)
-        return [np.asarray(e.ids, np.int64) for e in encoded]
-
-    def checked(self, sequence: np.ndarray | Sequence[int], number: int) -> np.ndarray:
-        """The sequence as int64 `[n]`, or a refusal that names it."""
-        ids, place = np.asarray(sequence), f"sequence {number}"
-        if ids.size == 0:
-            raise RecipeError(place, "no tokens", "at least one token")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RecipeError(place, f"{ids.dtype} of shape {ids.shape}", "whole numbers in one dimension")
-        limit = self.artifact.max_length
-        if limit is not None and len(ids) > limit:
-            raise RecipeError(place, f"{len(ids)} tokens", f"at most {limit}", "Cut it, or split it.")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.artifact.vocab:
-            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise RecipeError(place, f"token id {wrong}", f"ids from 0 to {self.artifact.vocab - 1}")
-        return ids.astype(np.int64)
+            self._tokenizers[truncate] = tokenizer
+        encoded = self._tokenizers[truncate].encode_batch(list(texts))
+        typed = self.artifact.token_types > 1
+        return [Tokens(np.array(e.ids, np.int64), np.array(e.type_ids, np.int64) if typed else None) for e in encoded]
 
     def plan(self, lengths: Sequence[int]) -> Iterator[list[list[int]]]:
         """Calls as lists of rows, each row a list of sequence numbers; every number once.
@@ -188,36 +179,38 @@ class Client:
             yield [call] if self.artifact.packed else [[n] for n in call]
 
     def feed(
-        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray]
+        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input]
     ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int, int]]]:
         """Inputs of one call, and where each sequence lies: (row, place in the row, start, end)."""
         height, width = self.artifact.static or (
             len(rows),
-            max(sum(len(ids[n]) for n in row) for row in rows),
+            max(sum(len(sequences[n]) for n in row) for row in rows),
         )
-        tokens = np.zeros((height, width), np.int64)
-        segments = np.zeros_like(tokens)
+        ids, segments, types = (np.zeros((height, width), np.int64) for _ in range(3))
         spans = []
         for r, row in enumerate(rows):
             start = 0
             for k, number in enumerate(row):
-                end = start + len(ids[number])
-                tokens[r, start:end], segments[r, start:end] = ids[number], k + 1
+                one = Tokens.of(sequences[number])
+                end = start + len(one)
+                ids[r, start:end], segments[r, start:end] = one.ids, k + 1
+                if one.types is not None:
+                    types[r, start:end] = one.types
                 spans.append((r, k, start, end))
                 start = end
-        made = {"input_ids": tokens, "attention_mask": segments, "token_type_ids": np.zeros_like(tokens)}
+        made = {"input_ids": ids, "attention_mask": segments, "token_type_ids": types}
         return {name: made[name] for name in self.artifact.inputs}, spans
 
     def run(
-        self, rows: Sequence[Sequence[int]], ids: Sequence[np.ndarray], outputs: Sequence[str] | None = None
+        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input], outputs: Sequence[str] | None = None
     ) -> dict[str, list[np.ndarray]]:
-        """`rows` of sequence numbers, `ids` by number. Answers by output name, in the rows' order."""
+        """`rows` of sequence numbers, `sequences` by number. Answers by output name, in the rows' order."""
         names = list(outputs or self.outputs)
         answers: dict[str, list[np.ndarray]] = {name: [] for name in names}
         static = self.artifact.static
         height = static[0] if static is not None else len(rows)
         for first in range(0, len(rows), height):
-            feed, spans = self.feed(rows[first : first + height], ids)
+            feed, spans = self.feed(rows[first : first + height], sequences)
             for name, result in zip(names, self.session.run(names, feed), strict=True):
                 if not self.artifact.per_sequence(name):
                     answers[name] += [result[r, start:end] for r, _, start, end in spans]

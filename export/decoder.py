@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tersor.compress.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from tersor.compress.errors import RecipeError, TersorError
 from tersor.compress.exporter import Exporter
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
+from tersor.compress.tokens import Input
 
 from .experts_choice import Word, form_of
 from .generate import Generator
@@ -89,7 +89,7 @@ class OnnxDecoder(Exporter):
         note = f"onnx-decoder: {self.precision}, with cache"
         return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
 
-    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint (see `Exporter`)."""
         self.requires(checkpoint.layout)
         try:
@@ -98,7 +98,7 @@ class OnnxDecoder(Exporter):
             _empty(directory)
             raise
 
-    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         from . import artifact, cached_parity, nbits, runtime, trace
         from .cached import cached
 

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import Output
+from tersor.compress.tokens import Input
 
 from .artifact import Artifact
+from .rows import checked
 
 TOKENS = 1024
 """Of a scoring call, padding included."""
@@ -73,7 +75,7 @@ class Generator:
         """A cache of zeros, by input name, `[batch, kv_heads, length, head_dim]` each."""
         return {name: np.zeros((batch, self.heads, length, self.size), np.float32) for name in self.past}
 
-    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, sequences: Sequence[Input]) -> list[np.ndarray]:
         """Logits `[n_i, vocab]`, float32, of token sequences (int `[n_i]`), in the order given.
 
         Raises:
@@ -81,7 +83,7 @@ class Generator:
         """
         from tersor.compress.evaluate.torch_scorer import batches
 
-        ids = [self._checked(s, f"sequence {i}") for i, s in enumerate(sequences)]
+        ids = [checked(s, self.artifact, f"sequence {i}").ids for i, s in enumerate(sequences)]
         answers: dict[int, np.ndarray] = {}
         for batch in batches([len(i) for i in ids], TOKENS):
             width = max(len(ids[i]) for i in batch)
@@ -113,7 +115,7 @@ class Generator:
         Raises:
             RecipeError: an argument out of range, or prompt and answer together exceed the model's positions.
         """
-        ids = self._checked(np.asarray(prompt), "prompt")
+        ids = checked(np.asarray(prompt), self.artifact, "prompt").ids
         limit = self.artifact.max_length
         for name, value, holds, wanted in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -204,20 +206,6 @@ class Generator:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
         return self._tokenizer
-
-    def _checked(self, sequence: Any, place: str) -> np.ndarray:
-        ids = np.asarray(sequence)
-        if ids.size == 0:
-            raise RecipeError(place, "no tokens", "at least one token")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RecipeError(place, f"{ids.dtype} of shape {ids.shape}", "whole numbers in one dimension")
-        limit, vocab = self.artifact.max_length, self.artifact.vocab
-        if limit is not None and len(ids) > limit:
-            raise RecipeError(place, f"{len(ids)} tokens", f"at most {limit}", "Cut it.")
-        if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise RecipeError(place, f"token id {wrong}", f"ids from 0 to {vocab - 1}")
-        return ids.astype(np.int64)
 
 
 class _Growing:

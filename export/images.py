@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tersor.compress.errors import ParityMissed, PreflightError, RecipeError
+from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import OUTPUTS, Output
+from tersor.compress.tokens import Input, Tokens
 from torch import nn
 
-from . import artifact, trace, zeros
+from . import artifact, parity, trace, zeros
 from .artifact import Artifact
 from .core import TRACED
-from .parity import Figures
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint
@@ -101,10 +101,10 @@ def write(checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]
     (directory / "README.md").write_text(readme, "utf-8")
     artifact.write_manifest(directory, facts)
     figures = hold(checkpoint, ImageClient(directory, threads=1), samples)
-    return artifact.write_manifest(directory, {**facts, "parity": {"logits": figures.as_json()}})
+    return artifact.write_manifest(directory, {**facts, "parity": figures})
 
 
-def hold(checkpoint: Checkpoint, client: ImageClient, samples: Sequence[np.ndarray]) -> Figures:
+def hold(checkpoint: Checkpoint, client: ImageClient, samples: Sequence[np.ndarray]) -> dict[str, Any]:
     """Measure and judge by parity.py's rule.
 
     Raises:
@@ -118,20 +118,9 @@ def hold(checkpoint: Checkpoint, client: ImageClient, samples: Sequence[np.ndarr
             checkpoint.model(dtype)(pixel_values=pixels.to(dtype)).logits.numpy()
             for dtype in (torch.float64, torch.float32)
         )
-    together, alone = np.stack(client(images)), np.concatenate([client([image]) for image in images])
-    errors = [float(np.abs(answer - exact).max()) for answer in (together, alone)]
-    torch_error = float(np.abs(single - exact).max())
-    limit = max(2 * torch_error, 1e-6 * float(np.abs(exact).max()))
-    worst = float("nan") if np.isnan(errors).any() else max(errors)
-    figures = Figures(worst, torch_error, limit, len(images), len(images) + 1)
-    if not figures.holds:
-        raise ParityMissed(
-            "parity of logits",
-            f"{worst:.2g} from float64",
-            f"at most {limit:.2g} (torch float32 is at {torch_error:.2g})",
-            "The graph and the checkpoint disagree; nothing was written.",
-        )
-    return figures
+    errors = [parity.distance(answers, exact) for answers in ([client([image])[0] for image in images], client(images))]
+    figures = parity.Figures.of(errors, parity.distance(single, exact), float(np.abs(exact).max()), len(images))
+    return parity.insist({"logits": figures})
 
 
 class ImageClient:
@@ -164,18 +153,19 @@ class ImageClient:
         self.bytes = self.artifact.bytes
         self.shape = tuple(self.artifact.manifest["limits"]["shape"])
 
-    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, sequences: Sequence[Input]) -> list[np.ndarray]:
         """Answer images (float32 `[channels, height, width]`): classes `[labels]` each, float32.
 
         Raises:
             RecipeError: an image has another shape; says which.
         """
-        for number, image in enumerate(sequences):
+        images = [Tokens.of(image).ids for image in sequences]
+        for number, image in enumerate(images):
             if image.shape != self.shape:
                 raise RecipeError(f"image {number}", f"shape {list(image.shape)}", f"{list(self.shape)}")
         step = max(1, CALL // int(np.prod(self.shape)))
         answers: list[np.ndarray] = []
-        for start in range(0, len(sequences), step):
-            pixels = np.stack(sequences[start : start + step]).astype(np.float32, copy=False)
+        for start in range(0, len(images), step):
+            pixels = np.stack(images[start : start + step]).astype(np.float32, copy=False)
             answers += list(self.session.run(["logits"], {"pixel_values": pixels})[0])
         return answers

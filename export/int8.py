@@ -27,6 +27,8 @@ import onnx_ir as ir
 from .ops import CONTRIB, Ops
 
 if TYPE_CHECKING:
+    from tersor.compress.tokens import Tokens
+
     from .client import Client
 
 LEVELS = 90
@@ -83,7 +85,7 @@ def error(x: np.ndarray, weight: np.ndarray) -> float:
 def choose(
     model: ir.Model,
     client: Client,
-    ids: Sequence[np.ndarray],
+    tokens: Sequence[Tokens],
     keep: float = 0.1,
     error: Callable[[np.ndarray, np.ndarray], float] = error,
 ) -> dict[str, float]:
@@ -92,7 +94,7 @@ def choose(
     Args:
         model: float32, the one that `client` runs.
         client: for the layout of inputs.
-        ids: token sequences, int64 `[n_i]`.
+        tokens: sequences.
         keep: the largest share ‖ŷ − y‖ / ‖y‖ by which a result may move.
         error: that share, for lines `[t, k]` and a weight `[k, n]`.
     """
@@ -113,8 +115,8 @@ def choose(
         del model.graph.outputs[len(outputs) :]
         for leftover in (path, path.with_name("probe.onnx.data")):
             leftover.unlink(missing_ok=True)
-    rows = next(iter(client.plan([len(i) for i in ids])))
-    values = dict(zip(inputs, session.run(list(inputs), client.feed(rows, ids)[0]), strict=True))
+    rows = next(iter(client.plan(list(map(len, tokens)))))
+    values = dict(zip(inputs, session.run(list(inputs), client.feed(rows, tokens)[0]), strict=True))
     errors = {}
     for p in found:
         x = values[str(p.node.inputs[0].name)]  # type: ignore[union-attr]

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tersor.compress.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from tersor.compress.errors import RecipeError, TersorError
 from tersor.compress.exporter import Exporter
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
+from tersor.compress.tokens import Input, Tokens
 
 from .client import Client
 from .experts_choice import Word, form_of
@@ -95,7 +95,7 @@ class Onnx(Exporter):
             raise RecipeError("export: onnx: precision", f"{self.precision} of a model of images", "float32")
         return Forecast(layout, memory=layout.parameters * 16, notes=("onnx: float32, images of one size",))
 
-    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint (see `Exporter`)."""
         self.requires(checkpoint.layout)
         try:
@@ -104,7 +104,7 @@ class Onnx(Exporter):
             _empty(directory)
             raise
 
-    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+    def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         from . import artifact, images, int8, parity, precision, readme, runtime, trace
         from .build import build
 
@@ -112,7 +112,7 @@ class Onnx(Exporter):
         if self.precision == "int8":
             runtime.require("int8", "export: onnx: precision")
         if checkpoint.layout.arch.inputs == "pixels":
-            return images.write(checkpoint, directory, samples, opset)
+            return images.write(checkpoint, directory, [Tokens.of(image).ids for image in samples], opset)
         static = (self.rows, self.width) if self.inputs == "packed-static" else None
         word: Word = "auto" if self.precision == "int8" else self.experts
         model, facts = build(checkpoint, self.inputs, opset, static, word)
@@ -124,7 +124,7 @@ class Onnx(Exporter):
         figures = parity.hold(checkpoint, client, samples)
         if self.precision != "float32":
             way = precision.PRECISIONS[self.precision]
-            kept = int8.choose(model, client, parity.sample(client, samples), way.keep, way.error)
+            kept = int8.choose(model, client, parity.sample(client.artifact, samples), way.keep, way.error)
             named = precision.by_parameter(checkpoint, int8.products(model.graph), kept)
             if "experts" in facts:
                 model, facts = build(checkpoint, self.inputs, opset, static, self.experts, "int8")

@@ -12,7 +12,7 @@ together and, if it takes packed input, several to a row, at lengths that were n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from tersor.compress.errors import ParityMissed
 from tersor.compress.packing import pack
+from tersor.compress.tokens import Input, Tokens
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint
 
+    from .artifact import Artifact
     from .client import Client
 
 LENGTHS = (1, 2, 3, 17, 40, 71)
@@ -47,6 +49,12 @@ class Figures:
     sequences: int
     calls: int
 
+    @classmethod
+    def of(cls, errors: Sequence[float], torch_error: float, scale: float, sequences: int) -> Figures:
+        """By the rule, from the errors of all calls. One that is not a number counts as the worst."""
+        worst = float("nan") if any(np.isnan(errors)) else max(errors)
+        return cls(worst, torch_error, max(2 * torch_error, 1e-6 * scale), sequences, len(errors))
+
     @property
     def holds(self) -> bool:
         """Whether the artifact may ship. False for NaN."""
@@ -64,21 +72,44 @@ class Figures:
         }
 
 
-def sequences(samples: Sequence[np.ndarray], vocab: int, longest: int, seed: int = 0) -> list[np.ndarray]:
-    """Real samples, cut, and drawn ids at lengths that a tracer would not choose; int64 `[n_i]` each."""
+def insist(found: Mapping[str, Figures]) -> dict[str, Any]:
+    """Figures by output for artifact.json.
+
+    Raises:
+        ParityMissed: an output is further from float64 than the rule allows.
+    """
+    for name, figures in found.items():
+        if not figures.holds:
+            raise ParityMissed(
+                f"parity of {name}",
+                f"{figures.error:.2g} from float64",
+                f"at most {figures.limit:.2g} (torch float32 is at {figures.torch_error:.2g})",
+                "The graph and the checkpoint disagree; nothing was written.",
+            )
+    return {name: figures.as_json() for name, figures in found.items()}
+
+
+def sequences(samples: Sequence[Input], vocab: int, longest: int, types: int = 1, seed: int = 0) -> list[Tokens]:
+    """Real samples, cut, and drawn ids and types at lengths that a tracer would not choose."""
     draw = np.random.default_rng(seed)
-    real = [np.asarray(s, np.int64)[: min(LONGEST, longest)] for s in samples if len(s)][:REAL]
+    real = [Tokens.of(s)[: min(LONGEST, longest)] for s in samples if len(s)][:REAL]
     drawn = [draw.integers(0, vocab, min(n, longest), dtype=np.int64) for n in LENGTHS]
-    mixed = [*real, *drawn]
+    told = np.random.default_rng(seed + 1)
+    mixed = [*real, *(Tokens(ids, told.integers(0, types, len(ids)) if types > 1 else None) for ids in drawn)]
     return [mixed[i] for i in draw.permutation(len(mixed))]
 
 
-def reference(checkpoint: Checkpoint, ids: Sequence[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
+def reference(checkpoint: Checkpoint, tokens: Sequence[Tokens], dtype: torch.dtype) -> list[np.ndarray]:
     """The stock model's main output on each sequence alone: `[n_i, width]` logits or states."""
     model = checkpoint.model(dtype)
     with torch.no_grad():
-        outs = (model(input_ids=torch.from_numpy(i)[None]) for i in ids)
+        outs = (model(**_asked(one)) for one in tokens)
         return [(o.logits if hasattr(o, "logits") else o.last_hidden_state)[0].numpy() for o in outs]
+
+
+def _asked(one: Tokens) -> dict[str, torch.Tensor]:
+    asked = {"input_ids": one.ids} | ({} if one.types is None else {"token_type_ids": one.types})
+    return {name: torch.from_numpy(value)[None] for name, value in asked.items()}
 
 
 def arrangements(lengths: Sequence[int], client: Client) -> Iterator[list[list[int]]]:
@@ -98,13 +129,14 @@ def _scale(values: Sequence[np.ndarray], by_norm: bool) -> float:
     return max(float(np.linalg.norm(v, axis=-1).max() if by_norm else np.abs(v).max()) for v in values)
 
 
-def _distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+def distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    """Largest difference of an element."""
     return max(float(np.abs(x.astype(np.float64) - y).max()) for x, y in zip(a, b, strict=True))
 
 
-def sample(client: Client, samples: Sequence[np.ndarray]) -> list[np.ndarray]:
+def sample(artifact: Artifact, samples: Sequence[Input]) -> list[Tokens]:
     """The sequences on which an artifact is judged."""
-    return sequences(samples, client.artifact.vocab, client.artifact.max_length or LONGEST)
+    return sequences(samples, artifact.vocab, artifact.max_length or LONGEST, artifact.token_types)
 
 
 def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) -> list[np.ndarray]:
@@ -112,19 +144,16 @@ def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) 
     return [pooled(v, pooling) for v in values] if name == "sentence_embedding" else list(values)
 
 
-def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray]) -> dict[str, Figures]:
+def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[Input]) -> dict[str, Figures]:
     """Figures by output name."""
-    ids = sample(client, samples)
+    ids = sample(client.artifact, samples)
     exact, single = (reference(checkpoint, ids, d) for d in (torch.float64, torch.float32))
     calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
     found = {}
     for name in calls[0][1]:
         want, plain = (by_output(name, v, client.artifact.pooling) for v in (exact, single))
-        errors = [_distance(got[name], [want[i] for row in rows for i in row]) for rows, got in calls]
-        torch_error = _distance(plain, want)
-        limit = max(2 * torch_error, 1e-6 * _scale(want, by_norm=name != "logits"))
-        worst = float("nan") if any(np.isnan(errors)) else max(errors)
-        found[name] = Figures(worst, torch_error, limit, len(ids), len(calls))
+        errors = [distance(got[name], [want[i] for row in rows for i in row]) for rows, got in calls]
+        found[name] = Figures.of(errors, distance(plain, want), _scale(want, by_norm=name != "logits"), len(ids))
     return found
 
 
@@ -138,7 +167,7 @@ def _cosines(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def hold_small(
-    checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray], apart: bool = True
+    checkpoint: Checkpoint, client: Client, samples: Sequence[Input], apart: bool = True
 ) -> dict[str, Any]:
     """Judge a quantised graph; how much it may lose is the recipe's gate to say, here only that it is not broken.
 
@@ -151,7 +180,7 @@ def hold_small(
     Raises:
         ParityMissed: answers that have little to do with float64, or that depend on their neighbours.
     """
-    ids = sample(client, samples)
+    ids = sample(client.artifact, samples)
     exact = reference(checkpoint, ids, torch.float64)
     calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
     alone = client.run([[i] for i in range(len(ids))], ids)
@@ -163,7 +192,7 @@ def hold_small(
             [_cosines(got[name], [want[i] for i in o]) for o, (_, got) in zip(order, calls, strict=True)]
         )
         drift = max(
-            _distance(got[name], [alone[name][i] for i in o])
+            distance(got[name], [alone[name][i] for i in o])
             for o, (_, got) in zip(order, calls, strict=True)
         )
         scale = _scale(want, by_norm=name != "logits")
@@ -190,19 +219,10 @@ def pooled(states: np.ndarray, pooling: dict[str, Any]) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-12) if pooling["normalize"] else vector
 
 
-def hold(checkpoint: Checkpoint, client: Client, samples: Sequence[np.ndarray]) -> dict[str, Any]:
+def hold(checkpoint: Checkpoint, client: Client, samples: Sequence[Input]) -> dict[str, Any]:
     """Measure and judge; returns the figures for artifact.json.
 
     Raises:
         ParityMissed: an output is further from float64 than the rule allows.
     """
-    found = measure(checkpoint, client, samples)
-    for name, figures in found.items():
-        if not figures.holds:
-            raise ParityMissed(
-                f"parity of {name}",
-                f"{figures.error:.2g} from float64",
-                f"at most {figures.limit:.2g} (torch float32 is at {figures.torch_error:.2g})",
-                "The graph and the checkpoint disagree; nothing was written.",
-            )
-    return {name: figures.as_json() for name, figures in found.items()}
+    return insist(measure(checkpoint, client, samples))

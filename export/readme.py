@@ -49,6 +49,8 @@ ordinary case, and several sequences may lie side by side in one row without see
 
 PADDED = "`attention_mask` is 1 at tokens and 0 at padding."
 
+TYPES = " `token_type_ids` is 0, and 1 at the second of two texts in one sequence."
+
 PACKED_CODE = """import numpy as np, onnxruntime
 sequences = [{examples}]  # token ids
 ids = np.concatenate(sequences)[None]
@@ -182,7 +184,8 @@ def write(directory: Path, facts: Mapping[str, Any]) -> None:
     if facts.get("static"):
         order = f"`{last}[r, k - 1]` belongs to segment k of row r."
     padded = facts["packing"] == "padded"
-    interface = PADDED if padded else PACKED.format(per_sequence=order if each else "")
+    interface = PADDED if padded else PACKED.format(per_sequence=order if each else "").strip()
+    interface += TYPES * any(i["name"] == "token_type_ids" for i in facts["inputs"])
     text = README.format(
         title=f"{facts['model_type']} as ONNX, {facts['packing']} input",
         model_type=facts["model_type"],
@@ -192,7 +195,7 @@ def write(directory: Path, facts: Mapping[str, Any]) -> None:
         inputs=", ".join(f"`{i['name']}`" for i in facts["inputs"]),
         rows=", ".join(map(str, facts["inputs"][0]["shape"])),
         outputs=", ".join(f"`{o['name']}` `[{', '.join(map(str, o['shape']))}]`" for o in facts["outputs"]),
-        interface=interface.strip(),
+        interface=interface,
         python=python(facts),
         others="" if padded else OTHERS.format(cpp=cpp(facts), javascript=javascript(facts)),
     )

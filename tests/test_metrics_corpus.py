@@ -147,7 +147,7 @@ def test_what_samples_lack_is_said() -> None:
     scorer = Answers("classes", one_hot([0, 1], 2))
     with pytest.raises(RecipeError, match="accuracy: found samples without what it reads, expected data with `label`"):
         evaluate(scorer, classified([None, None]), ["accuracy"])
-    with pytest.raises(RecipeError, match="`pair`, two fields of text, and `label`"):
+    with pytest.raises(RecipeError, match="`label`, a score, and for embeddings `pair`"):
         evaluate(Answers("embedding", one_hot([0, 1], 2)), classified([1, 2]), ["spearman"])
     with pytest.raises(RecipeError, match="`choices` and `label`"):
         evaluate(Answers("logits", [np.zeros((2, 9))] * 2), classified([1, 0]), ["choice_accuracy"])
@@ -166,7 +166,7 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 
 
 def test_every_metric_says_what_it_reads() -> None:
-    with pytest.raises(RecipeError, match="which reads embedding, expected metrics for a model that gives classes"):
+    with pytest.raises(RecipeError, match="which reads embedding or number"):
         check_metrics(["spearman"], "classes")
     assert {name for name, metric in METRICS.items() if metric.needs} == {
         "accuracy", "token_accuracy", "macro_f1", "spearman", "pearson", "choice_accuracy", "choice_accuracy_per_byte",

@@ -1,7 +1,8 @@
 """What a pass judges its own choices by, on a share of the calibration data: never on held-out data.
 
 Language models: the mean negative log-likelihood of the text. Others: how far the output is from the
-original's (Kullback-Leibler divergence of logits, one minus cosine of pooled features).
+original's (Kullback-Leibler divergence of logits, one minus cosine of pooled features, half the square of the
+difference of a single number, which is the divergence of two normal distributions of variance 1 around them).
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def judge(model: Any, original: Any, layout: Layout, data: Sequence[Batch]) -> f
         before = original(**batch.inputs)
         if getattr(output, "logits", None) is not None:
             found, wanted = (batch.tokens(o.logits) if o.logits.ndim == 3 else o.logits for o in (output, before))
-            losses = functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="sum")
+            if found.shape[-1] == 1:
+                losses = 0.5 * (found - wanted).square().sum()
+            else:
+                ours, theirs = found.log_softmax(-1), wanted.log_softmax(-1)
+                losses = functional.kl_div(ours, theirs, log_target=True, reduction="sum")
             total, count = total + float(losses), count + len(found)
         else:
             cosine = (pooled(output, batch) * pooled(before, batch)).sum(-1)

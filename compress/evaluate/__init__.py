@@ -13,7 +13,7 @@ from .latency import latency
 from .metrics import ALWAYS, METRICS, Metric, check_metrics
 from .reductions import Reduction
 from .score import Score, evaluate
-from .scorer import OUTPUTS, Output, Scorer
+from .scorer import OUTPUTS, Output, Scorer, output_of
 
 __all__ = [
     "ALWAYS",
@@ -30,4 +30,5 @@ __all__ = [
     "evaluate",
     "judge",
     "latency",
+    "output_of",
 ]

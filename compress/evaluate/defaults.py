@@ -13,11 +13,13 @@ DEFAULT_METRICS = {
     "embedding": ("cosine",),
     "token_logits": ("masked_loss", "kl", "top1"),
     "classes": ("kl", "top1"),
+    "number": ("kl",),
     "token_classes": ("kl", "top1"),
 }
 """What is measured when the recipe names no metric, by what the model answers."""
 LABELLED_METRICS = {
     "classes": ("accuracy", "macro_f1"),
+    "number": ("spearman", "pearson"),
     "embedding": ("spearman", "pearson"),
     "token_classes": ("token_accuracy",),
 }

@@ -34,17 +34,17 @@ def latency(
         own = getattr(scorer, "threads", None)
         if own not in (None, threads):
             raise ValueError(f"{name} runs on {own} threads, the measurement on {threads}")
-    ids = [sample.ids for sample in samples]
+    asked = [sample.input for sample in samples]
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
     with _threads(threads):
         for scorer in scorers.values():
-            scorer(ids)
+            scorer(asked)
         names = list(scorers)
         for turn in range(repeats):
             shift = turn % len(names) if names else 0
             for name in names[shift:] + names[:shift]:
                 start = time.perf_counter()
-                scorers[name](ids)
+                scorers[name](asked)
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(times) * 1e3 for name, times in seconds.items()}
 

@@ -30,7 +30,8 @@ from .reductions import REDUCTIONS, Needs, Reduction, cosine, predicted
 from .scorer import Output
 
 Pair = tuple[float, float]
-ANSWERS: tuple[Output, ...] = ("logits", "token_logits", "classes", "token_classes")
+CHOICES: tuple[Output, ...] = ("logits", "token_logits", "classes", "token_classes")
+"""Answers that choose among several."""
 ROWS = 64  # tokens at a time: with usual vocabularies the temporaries stay in the cache
 
 
@@ -94,7 +95,13 @@ def negative_log_likelihood(rows: np.ndarray, targets: np.ndarray) -> float:
 
 
 def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
-    """Σ over positions of KL(reference ‖ model), nats. Both float32 `[n, vocab]`."""
+    """Σ over positions of KL(reference ‖ model), nats. Both float32 `[n, vocab]`.
+
+    A single number stands for a normal distribution of variance 1 around it, whose divergence is half the square of
+    the difference: a softmax over one class would be 1 whatever the model says.
+    """
+    if logits.shape[1] == 1:
+        return 0.5 * float(np.square(logits.astype(np.float64) - reference).sum())
     total = 0.0
     for start in range(0, len(logits), ROWS):
         ours, theirs = logits[start : start + ROWS], reference[start : start + ROWS]
@@ -169,8 +176,8 @@ SHARE = "share of samples"
 _MEANS = (
     Metric("perplexity", ("logits",), "lower", False, "", _perplexity, _exp),
     Metric("bits_per_byte", ("logits",), "lower", False, "bits a byte", _bits_per_byte),
-    Metric("kl", ANSWERS, "lower", True, "nats a token or sample", _kl),
-    Metric("top1", ANSWERS, "higher", True, "share of tokens or samples", _top1),
+    Metric("kl", (*CHOICES, "number"), "lower", True, "nats a token or sample", _kl),
+    Metric("top1", CHOICES, "higher", True, "share of tokens or samples", _top1),
     Metric("cosine", ("embedding",), "higher", True, "", _cosine),
     Metric("masked_loss", ("token_logits",), "lower", False, "nats a masked token", _perplexity),
     Metric("accuracy", ("classes",), "higher", False, SHARE, _accuracy, needs="label"),

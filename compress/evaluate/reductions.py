@@ -22,7 +22,7 @@ import numpy as np
 from ..data import Sample
 from .scorer import Output
 
-Needs = Literal["", "label", "pair", "choices", "tags"]
+Needs = Literal["", "label", "score", "choices", "tags"]
 DRAWS = 1000
 SEED = 0
 
@@ -111,11 +111,13 @@ def _classes(answers: Sequence[np.ndarray], sample: Sample) -> Sequence[float]:
 
 
 def _similarity(answers: Sequence[np.ndarray], sample: Sample) -> Sequence[float]:
-    return cosine(answers[0], answers[1]), float(sample.label or 0)
+    """Two embeddings' cosine, or the number that the model gives."""
+    found = cosine(answers[0], answers[1]) if len(answers) > 1 else float(answers[0][0])
+    return found, float(sample.label or 0)
 
 
 REDUCTIONS = (
     Reduction("macro_f1", ("classes",), "higher", "mean over classes", _classes, macro_f1),
-    Reduction("spearman", ("embedding",), "higher", "rank correlation", _similarity, spearman, needs="pair"),
-    Reduction("pearson", ("embedding",), "higher", "correlation", _similarity, pearson, needs="pair"),
+    Reduction("spearman", ("embedding", "number"), "higher", "rank correlation", _similarity, spearman, "score"),
+    Reduction("pearson", ("embedding", "number"), "higher", "correlation", _similarity, pearson, "score"),
 )

@@ -14,7 +14,7 @@ from ..data import Sample
 from ..errors import PreflightError, RecipeError
 from .metrics import Metric, check_metrics
 from .reductions import Reduction, bootstrap
-from .scorer import Scorer
+from .scorer import Output, Scorer
 
 VALUES = 1 << 24  # numbers of the answers held at once: 64 MiB for a model, as much for its reference
 TOKENS = 1 << 14  # of a chunk, so that a progress bar moves on small answers too
@@ -72,17 +72,17 @@ def evaluate(
     if lacking:
         raise RecipeError("metrics", f"{lacking[0]!r} without an original to compare with", "a reference")
     for metric in wanted:
-        check_needs(metric, samples)
+        check_needs(metric, samples, scorer.output)
     compared = any(metric.needs_reference for metric in wanted)
     rows: list[list[Sequence[float]]] = [[()] * len(samples) for _ in wanted]
     if wanted:
         for chunk in track(list(_chunks(scorer, samples)), "evaluate"):
-            ids = [part.ids for i in chunk for part in samples[i].parts]
-            answers = scorer(ids)
+            asked = [part.input for i in chunk for part in samples[i].parts]
+            answers = scorer(asked)
             if not compared or reference is None:
-                originals: Sequence[np.ndarray | None] = [None] * len(ids)
+                originals: Sequence[np.ndarray | None] = [None] * len(asked)
             else:
-                originals = answers if reference is scorer else reference(ids)
+                originals = answers if reference is scorer else reference(asked)
             first = 0
             for index in chunk:
                 last = first + len(samples[index].parts)
@@ -98,13 +98,13 @@ def evaluate(
 
 NEEDS = {
     "label": "data with `label`",
-    "pair": "data with `pair`, two fields of text, and `label`, a score",
+    "score": "data with `label`, a score, and for embeddings `pair`, two fields of text",
     "choices": "data with `choices` and `label`, the number of the right one",
     "tags": "data whose `field` is a list of words and whose `label` is a list of their classes",
 }
 
 
-def check_needs(metric: Metric | Reduction, samples: Sequence[Sample]) -> None:
+def check_needs(metric: Metric | Reduction, samples: Sequence[Sample], output: Output) -> None:
     """Refuse samples that lack what the metric reads.
 
     Raises:
@@ -113,7 +113,7 @@ def check_needs(metric: Metric | Reduction, samples: Sequence[Sample]) -> None:
     for sample in samples if metric.needs else ():
         has = {
             "label": sample.label is not None,
-            "pair": sample.label is not None and len(sample.parts) == 2,
+            "score": sample.label is not None and len(sample.parts) == (1 if output == "number" else 2),
             "choices": sample.label is not None and len(sample.parts) > 1,
             "tags": sample.targets is not None and bool((sample.targets >= 0).any()),
         }
@@ -207,7 +207,7 @@ def _chunks(scorer: Scorer, samples: Sequence[Sample]) -> Iterator[list[int]]:
     if not order:
         return
     longest = samples[order[0]]
-    answer = scorer([max((part.ids for part in longest.parts), key=len)])[0].size  # the others' are no larger
+    answer = scorer([max((part.input for part in longest.parts), key=len)])[0].size  # the others' are no larger
     step = VALUES // max(answer * len(longest.parts), 1)
     step = min(step, TOKENS // sizes[order[0]] if longest.ids.ndim == 1 else VALUES // sizes[order[0]])
     for start in range(0, len(order), max(1, step)):

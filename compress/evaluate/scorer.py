@@ -7,7 +7,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-Output = Literal["logits", "embedding", "token_logits", "classes", "token_classes"]
+from ..tokens import Input
+
+Output = Literal["logits", "embedding", "token_logits", "classes", "number", "token_classes"]
 
 OUTPUTS: dict[str, Output] = {
     "text-generation": "logits",
@@ -18,6 +20,13 @@ OUTPUTS: dict[str, Output] = {
     "image-classification": "classes",
 }
 """What a model of a task answers, by optimum's task name: the tasks that can be measured."""
+
+
+def output_of(task: str, labels: int) -> Output:
+    """What a model of a task with so many labels answers: a classifier with one label gives a number, as
+    cross-encoders for search and similarity do.
+    """
+    return "number" if task == "text-classification" and labels == 1 else OUTPUTS[task]
 
 
 class Scorer(Protocol):
@@ -33,12 +42,13 @@ class Scorer(Protocol):
     parameters: int
     bytes: int
 
-    def __call__(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Score sequences (int64 `[n_i]` token ids each) or images (float32 `[channels, height, width]`) in any order.
+    def __call__(self, sequences: Sequence[Input]) -> list[np.ndarray]:
+        """Score sequences (token ids, int64 `[n_i]` each, or `Tokens` with types) or images (float32
+        `[channels, height, width]`) in any order.
 
         Returns:
             in the order given, float32: `logits` (of the next token) or `token_logits` (of the token itself)
-            `[n_i, vocab]`, an `embedding` `[hidden]`, `classes` `[labels]` or `token_classes` `[n_i, labels]`, before
-            any softmax.
+            `[n_i, vocab]`, an `embedding` `[hidden]`, `classes` `[labels]`, a `number` `[1]` or `token_classes`
+            `[n_i, labels]`, before any softmax or sigmoid.
         """
         ...

@@ -57,6 +57,8 @@ class Tree:
 
     def split(self, answer: np.ndarray) -> list[np.ndarray]:
         """Of the row's answer `[len, …]`, each sequence's `[n_i, …]`."""
+        if len(self.sequences) == 1:
+            return [answer]
         found, start = [], self.shared
         for sequence in self.sequences:
             end = start + len(sequence) - self.shared

@@ -29,6 +29,7 @@ from ..errors import PreflightError, RecipeError
 from ..evaluate.gate import Gate
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
+from ..tokens import Input, Tokens
 from ..train.options import Training, needs_extra
 
 WIDTH = 512
@@ -140,7 +141,7 @@ class Recover(Training, Pass):
         """Nothing of its own: it keeps what others promised."""
         return []
 
-    def _parts(self, context: Context) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _parts(self, context: Context) -> tuple[list[Input], list[Input]]:
         """A tenth for the gate, if there is one, and what is learned from."""
         if self.stop is None:
             return [], context.calibration
@@ -150,7 +151,7 @@ class Recover(Training, Pass):
         return judged, [s for n, s in enumerate(context.calibration) if n not in tenth] or judged
 
     def _stop(
-        self, checkpoint: Checkpoint, original: Checkpoint, judged: Sequence[np.ndarray]
+        self, checkpoint: Checkpoint, original: Checkpoint, judged: Sequence[Input]
     ) -> Callable[[nn.Module], bool] | None:
         if self.stop is None:
             return None
@@ -160,7 +161,8 @@ class Recover(Training, Pass):
         from ..evaluate.torch_scorer import TorchScorer
 
         gate, reference = self.stop, TorchScorer(original)
-        samples = [Sample(ids=ids, bytes=0, text="") for ids in judged]
+        parts = map(Tokens.of, judged)
+        samples = [Sample(ids=part.ids, bytes=0, text="", types=part.types) for part in parts]
 
         def scores(scorer: TorchScorer) -> dict[str, float]:
             found = evaluate(scorer, samples, [gate.metric], reference)
@@ -176,13 +178,13 @@ class Recover(Training, Pass):
         return met
 
 
-def rows(model: nn.Module, layout: Layout, sequences: Sequence[np.ndarray], width: int | None) -> Any:
+def rows(model: nn.Module, layout: Layout, sequences: Sequence[Input], width: int | None) -> Any:
     """The calibration data as rows for a model of this task."""
     from ..train import images, text
 
     nothing = [0] * len(sequences)  # distillation reads no labels
     if layout.arch.inputs == "pixels":
-        return images(sequences, nothing)
+        return images([Tokens.of(image).ids for image in sequences], nothing)
     labels = nothing if layout.task == "text-classification" else None
     causal = layout.task == "text-generation"
     longest = max(map(len, sequences))

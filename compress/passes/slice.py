@@ -31,6 +31,7 @@ from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, 
 from ..slicing.cutter import BACKWARD_TOKENS, Cutter
 from ..slicing.fuse import norms, restate, rotatable, tied_heads
 from ..slicing.refit import HELD
+from ..tokens import Input
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -201,7 +202,7 @@ def lean_memory(layout: Layout) -> int:
     return max(largest + work, fits + work, largest + backward) + HELD
 
 
-def too_few_tokens(layout: Layout, calibration: Sequence[np.ndarray]) -> list[str]:
+def too_few_tokens(layout: Layout, calibration: Sequence[Input]) -> list[str]:
     """A warning if the widest fit has too few tokens to learn more than the sample."""
     widest = max([layout.families["hidden"], *(layout.inner_size(b) for b in layout.branches(0))])
     tokens, needed = sum(len(s) for s in calibration), TOKENS_PER_REGRESSOR * widest

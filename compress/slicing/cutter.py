@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..calibration.batches import Batch, batches, sample
@@ -17,6 +16,7 @@ from ..checkpoint import Checkpoint, named_parameters
 from ..deferred import Later, Store, at_once, own, when_used
 from ..layout import Layout
 from ..pass_ import Context
+from ..tokens import Input
 from .basis import sensitivity, weighted_basis
 from .budget import Sizes, head_axis
 from .fuse import cut, embeddings, fuse, restate, rotate
@@ -123,7 +123,7 @@ class Cutter:
         return after, named_parameters(compressed), refit.details
 
     def search(
-        self, options: Sequence[Sizes], fitted: list[np.ndarray], judged: list[np.ndarray], context: Context
+        self, options: Sequence[Sizes], fitted: list[Input], judged: list[Input], context: Context
     ) -> tuple[Sizes, list[dict[str, Any]]]:
         """The option of the smallest loss on `judged` when refitted on `fitted`.
 

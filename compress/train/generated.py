@@ -17,6 +17,7 @@ import torch
 
 from ..pretrained import quiet
 from ..rundir import write_atomic
+from ..tokens import Input, Tokens
 
 PROMPT = 16
 """Tokens of the text that a sequence starts with."""
@@ -26,7 +27,7 @@ FILE = "generated.npy"
 
 def continued(
     model: Any,
-    sequences: Sequence[np.ndarray],
+    sequences: Sequence[Input],
     count: int,
     length: int,
     *,
@@ -59,7 +60,7 @@ def continued(
         for first in track(range(0, count, BATCH), "continue the text"):
             pieces = []
             for _ in range(min(BATCH, count - first)):
-                sequence = sequences[int(choose.integers(len(sequences)))]
+                sequence = Tokens.of(sequences[int(choose.integers(len(sequences)))]).ids
                 place = int(choose.integers(len(sequence) - start + 1))
                 pieces.append(sequence[place : place + start])
             ids = torch.as_tensor(np.stack(pieces))

@@ -152,7 +152,9 @@ class Distillation:
 
 
 def divergence(found: torch.Tensor, wanted: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """T²·Σ KL(wanted ‖ found) in nats, for logits `[n, classes]`."""
+    """T²·Σ KL(wanted ‖ found) in nats, for logits `[n, classes]`; of single numbers, half the squared distance."""
+    if found.shape[-1] == 1:
+        return 0.5 * (found - wanted).square().sum()
     ours, theirs = (torch.log_softmax(each / temperature, dim=-1) for each in (found, wanted))
     return temperature**2 * functional.kl_div(ours, theirs, reduction="sum", log_target=True)
 

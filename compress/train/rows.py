@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..packing import PackedBatch, pack
+from ..tokens import Input, Tokens
 from .losses import IGNORED, without_cache
 
 Apart = Literal["positions", "mask", "padding"]
@@ -78,7 +79,7 @@ def block_mask(segments: torch.Tensor, causal: bool, attention: str = "sdpa") ->
 
 def text(
     model: nn.Module,
-    sequences: Sequence[np.ndarray],
+    sequences: Sequence[Input],
     *,
     width: int | None = None,
     causal: bool = True,
@@ -90,7 +91,7 @@ def text(
 
     Args:
         model: what will be trained; asked for its forward's arguments, and run on a few short rows.
-        sequences: int64 `[n_i]`; of a causal model those under two tokens are left out.
+        sequences: int64 `[n_i]`, or with types; of a causal model those under two tokens are left out.
         width: tokens of a row, by default those of the longest sequence.
         causal: targets are the next tokens; otherwise the tokens themselves.
         first_position: position id of a sequence's first token.
@@ -102,7 +103,7 @@ def text(
     """
     if labels is not None:
         return _classes(model, sequences, labels, width, first_position)
-    kept = [np.asarray(s, np.int64) for s in sequences if len(s) > int(causal)]
+    kept = [Tokens.of(s) for s in sequences if len(s) > int(causal)]
     if not kept:
         raise ValueError("no sequence to train on")
     width = width or max(map(len, kept))
@@ -117,7 +118,7 @@ def text(
 
 
 def _classes(
-    model: nn.Module, sequences: Sequence[np.ndarray], labels: Sequence[int], width: int | None, first: int
+    model: nn.Module, sequences: Sequence[Input], labels: Sequence[int], width: int | None, first: int
 ) -> Rows:
     if len(sequences) != len(labels) or not len(labels):
         raise ValueError(f"{len(sequences)} sequences and {len(labels)} labels")
@@ -137,6 +138,8 @@ def _items(packed: PackedBatch, causal: bool, first: int, positions: bool) -> li
         following = np.roll(packed.ids, -1, axis=1)
         targets = np.where(follows, following, IGNORED)
     columns = {"input_ids": packed.ids, "targets": targets, "segments": packed.segments}
+    if packed.types is not None:
+        columns["token_type_ids"] = packed.types
     if positions:
         columns["position_ids"] = packed.positions + first
     return [{name: column[row] for name, column in columns.items()} for row in range(len(packed.ids))]
@@ -144,7 +147,7 @@ def _items(packed: PackedBatch, causal: bool, first: int, positions: bool) -> li
 
 @torch.no_grad()
 def chosen(
-    model: nn.Module, sequences: Sequence[np.ndarray], causal: bool = True, first: int = 0, attention: str = "sdpa"
+    model: nn.Module, sequences: Sequence[Input], causal: bool = True, first: int = 0, attention: str = "sdpa"
 ) -> Apart:
     """The first way under which packed answers are those alone, tried on the two longest sequences."""
     longest = sorted(sequences, key=len)[-2:]

@@ -28,15 +28,15 @@ def artifact(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_documented_handler_answers_and_refuses(artifact: Path) -> None:
-    pytest.importorskip("httpx")
-    testing = pytest.importorskip("fastapi.testclient")
+    from fastapi.testclient import TestClient
+
     found = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
     assert found is not None
     lines = [line for line in found.group(1).splitlines() if line.strip()]
     assert len([line for line in lines if not line.startswith(("from", "import"))]) <= 10
     names: dict[str, Any] = {}
     exec(compile(found.group(1).replace("runs/minilm-packed/onnx", str(artifact)), "serving", "exec"), names)
-    browser, texts = testing.TestClient(names["app"]), ["some words", "x"]
+    browser, texts = TestClient(names["app"]), ["some words", "x"]
     want = names["client"].texts(texts)
     assert np.abs(np.array(browser.post("/embed", json=texts).json()) - np.stack(want)).max() < 2e-5
     refused = browser.post("/embed", json=["x" * 100])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tersor.sparse.swat import SparseTraining, Sparsity
 from tersor.sparse.swat.encoding import (
     decode,
     encode,
@@ -18,6 +19,7 @@ from tersor.sparse.swat.encoding import (
 from tersor.sparse.swat.functions import Conv2d, Linear, Part, Product
 from tersor.sparse.swat.saved import Encoded, Rows, keep_rows, keep_values
 from tersor.sparse.swat.threshold import SAMPLE, masked, threshold
+from torch import nn
 from torch.nn import functional
 
 CASES = {
@@ -221,3 +223,41 @@ def test_rows_need_no_copy_of_a_pre_activation():
     assert isinstance(plan, Rows)
     assert kept[0].data_ptr() == h.data_ptr()
     assert torch.equal(plan.rebuild(*kept), x[rows])
+
+
+def normed() -> tuple[nn.Module, torch.Tensor]:
+    """Norms in front of every kind of reader: an activation and a layer, a layer alone, another activation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.SiLU(),
+            nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, bias=False), nn.Flatten(1), nn.LayerNorm(64),
+            nn.Linear(64, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 4),
+        )  # fmt: skip
+        return model.train(), torch.randn(16, 3, 12, 12)
+
+
+def gradients(share: float, tell: bool, training: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Of two steps, with norms that tell what their output comes from or do not; and the buffers behind them."""
+    model, x = normed()
+    model.train(training)
+    sparse = SparseTraining(model, Sparsity(weights=0.5, activations=share, ramp="none", exempt=()), 2)
+    for norm in sparse._norms.values():
+        norm.tells &= tell
+    sparse.attach()
+    for _ in range(2):  # the first tells activations who reads them
+        model.zero_grad()
+        model(x).square().mean().backward()
+    return [p.grad for p in model.parameters()], dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_norm_makes_again_is_what_was_kept(training):
+    (found, moved), (expected, wanted) = gradients(0.8, True, training), gradients(0.8, False, training)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(moved[name], wanted[name]) for name in wanted), "running means move once a forward"
+
+
+def test_another_threshold_gives_other_gradients():
+    """The twin: what is made again is masked."""
+    assert not torch.equal(gradients(0.8, True)[0][0], gradients(0.79, True)[0][0])

@@ -84,15 +84,15 @@ def test_convolution_norm_relu(values, limit, inplace):
     assert measured(model, normal(8, 32, 16, 16), activations=0.8, values=values) <= limit
 
 
-@pytest.mark.parametrize(("values", "limit"), [("input", 0.64), ("bfloat16", 0.59)])
-def test_each_further_convolution_norm_relu(values, limit):
-    """A tensor between two blocks counts in one of them; the norm's input, half of a dense block, stays whole."""
+@pytest.mark.parametrize("values", ["input", "bfloat16"])
+def test_each_further_convolution_norm_relu(values):
+    """The norm's input, half of a dense block, and a bit a value for the ReLU; the next layer keeps nothing."""
 
     def kept(blocks: int, **words) -> float:
         model = nn.Sequential(*(m for _ in range(blocks) for m in conv_block()), nn.Conv2d(32, 32, 1))
         return measured(model, normal(8, 32, 16, 16), activations=0.8, values=values) * (2 * blocks + 1)
 
-    assert (kept(4) - kept(2)) / 4 <= limit
+    assert (kept(4) - kept(2)) / 4 <= 0.52
 
 
 def test_readers_of_one_tensor_share_what_is_kept():

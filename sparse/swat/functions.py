@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from .encoding import from_bits, positive, to_bits, where
-from .saved import Plan, Rows, Tensors
+from .saved import Plan, Rows, Source, Tensors
 from .threshold import masked
 
 Wanted = tuple[bool, bool, bool]
@@ -207,16 +207,23 @@ class Activation(torch.autograd.Function):
     """Any elementwise activation; keeps its input once, whatever its own graph would keep, and runs again for dh."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """activation(h)."""
-        ctx.save_for_backward(h)
-        ctx.activation = activation
+    def forward(
+        ctx: Any,
+        h: torch.Tensor,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        source: Source | None,
+    ) -> torch.Tensor:
+        """activation(h). With a `source` of h, what that comes from is kept in its place."""
+        ctx.save_for_backward(h if source is None else source.pre)
+        ctx.activation, ctx.before = activation, None if source is None else source.activation
         return activation(h)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """Dy · activation′(h)."""
+        h = ctx.saved_tensors[0].detach()
+        h = h if ctx.before is None else ctx.before(h)
         with torch.enable_grad():
-            h = ctx.saved_tensors[0].detach().requires_grad_()
+            h = h.detach().requires_grad_()
             (dh,) = torch.autograd.grad(ctx.activation(h), h, gradients[0])
-        return dh, None
+        return dh, None, None

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .functions import Activation, Op, Part, Product, Relu
 from .saved import MAKER, SOURCE, Kept, Source, keep_rows, keep_values
-from .targets import is_relu, keeps
+from .targets import NORMS, is_relu, keeps
 from .threshold import threshold
 
 WORTH = 1 / 8
@@ -124,34 +124,53 @@ class ActivationLayer:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         """The activation's output."""
         plain = type(self.module).forward.__get__(self.module)
+        source: Source | None = getattr(h, SOURCE, None)
         found: torch.Tensor
         if not (torch.is_grad_enabled() and h.requires_grad):
             found = plain(h)
         elif self._relu and self.read:
             found = Relu.apply(h)
+            if source is not None:
+                found.__dict__[SOURCE] = source.through(torch.relu)
         elif self._relu:
             found = torch.relu(h)
             found.__dict__[MAKER] = self
         elif self._keeps == "result":
             found = plain(h)
+        elif source is not None:
+            found = Activation.apply(h, plain, source)
+            found.__dict__[SOURCE] = source.through(plain)
         else:
-            found = plain(h) if self._keeps == "input" else Activation.apply(h, plain)
+            found = plain(h) if self._keeps == "input" else Activation.apply(h, plain, None)
             found.__dict__[SOURCE] = Source(h.detach(), plain)
         return found
 
 
 @dataclass(eq=False)
 class NormLayer:
-    """A BatchNorm between two layers of a group: it sees the live channels alone."""
+    """A norm: of a group's channels it sees the live ones alone; the next layer makes its output again.
+
+    Autograd keeps a norm's input for the norm's own gradient. Its output follows from that bit for bit, so whoever
+    reads it need not keep it: a convolution behind BatchNorm and ReLU keeps nothing of its own.
+
+    Attributes:
+        module: whose forward it stands for.
+        tells: whether the next layer is told what the output comes from.
+        live: channels that stay (int64, ascending), None for all.
+    """
 
     module: Any
+    tells: bool = False
     live: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised `[batch, live channels, …]`."""
+        """The norm's output, of the live channels."""
         norm, live = self.module, self.live
         if live is None:
             found: torch.Tensor = type(norm).forward(norm, x)
+            # under autocast a norm may keep a cast copy of x instead of x
+            if self.tells and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+                found.__dict__[SOURCE] = Source(x.detach(), self._again())
             return found
         mean, var = norm.running_mean, norm.running_var
         running = tuple(None if t is None else t.index_select(0, live) for t in (mean, var))
@@ -165,3 +184,16 @@ class NormLayer:
             var.index_copy_(0, live, running[1])
             norm.num_batches_tracked.add_(1)
         return found
+
+    def _again(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The norm as a function of its input alone, which moves no running mean."""
+        norm = self.module
+        if isinstance(norm, NORMS["rows"]):
+            return type(norm).forward.__get__(norm)
+        training = norm.training or norm.running_mean is None
+
+        def batch(x: torch.Tensor) -> torch.Tensor:
+            mean, var = (None, None) if training else (norm.running_mean, norm.running_var)
+            return functional.batch_norm(x, mean, var, norm.weight, norm.bias, training, norm.momentum, norm.eps)
+
+        return batch

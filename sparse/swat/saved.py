@@ -2,7 +2,7 @@
 
     Whole       the input itself, masked later: where encoding saves nothing, or its producer stores it anyway
     Encoded     bits and values (encoding.py)
-    Recomputed  nothing of its own: act(h) from the pre-activation h that the activation keeps for its own gradient
+    Recomputed  nothing of its own: act(h), norm(h) or act(norm(h)) from the h that is kept for their own gradient
     Rows        a random subset of tokens, for gradients that are unbiased rather than truncated
 
 Each is tensors, which go through `save_for_backward` so that autograd and its hooks see them, and a plan without
@@ -93,10 +93,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Source:
-    """What an activation leaves on its output: the pre-activation it keeps for its own gradient, and itself."""
+    """What an activation or a norm leaves on its output: the input it keeps for its own gradient, and itself."""
 
     pre: torch.Tensor
     activation: Callable[[torch.Tensor], torch.Tensor]
+
+    def through(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> Source:
+        """What the next activation leaves: the same input, both functions."""
+        first = self.activation
+        return Source(self.pre, lambda x: activation(first(x)))
 
 
 Kept = tuple[Plan, Tensors]

@@ -14,6 +14,12 @@ from torch import nn
 from .functions import Conv2d, Linear, Op
 from .options import FIRST, LAST
 
+NORMS: dict[str, tuple[type[nn.Module], ...]] = {
+    "rows": (nn.LayerNorm,),
+    "batch": (nn.BatchNorm1d, nn.BatchNorm2d),
+}
+"""Norms that keep their input for their own gradient, by what they run over: a token, or the whole batch."""
+
 
 def operation(module: nn.Module) -> Op | None:
     """What the module computes, if it is one of the layers that can be sparse."""
@@ -80,6 +86,11 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
     plain = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Softplus)
     found = {name: module for name, module in model.named_modules() if type(module) in {*known, *plain}}
     return {name: module for name, module in found.items() if next(module.parameters(), None) is None}
+
+
+def norms(model: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """Norms of a kind by name; a subclass may compute something else."""
+    return {name: module for name, module in model.named_modules() if type(module) in NORMS[kind]}
 
 
 def is_relu(module: nn.Module) -> bool:

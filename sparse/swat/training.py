@@ -27,7 +27,7 @@ from .functions import Part
 from .groups import Group, groups_of
 from .layers import ActivationLayer, Layer, NormLayer
 from .options import Sparsity
-from .targets import activations, layers, operation
+from .targets import activations, layers, norms, operation
 from .threshold import SAMPLE, threshold
 
 
@@ -65,8 +65,9 @@ class SparseTraining:
             if (op := operation(module)) is not None
         }
         self.live = {group.name: torch.ones(group.size, dtype=torch.bool) for group in self.groups}
-        norms = {n for g in self.groups for n in g.members if n not in self.layers}
-        self._norms = {name: NormLayer(model.get_submodule(name)) for name in norms}
+        told = norms(model, "rows") | (norms(model, "batch") if options.mode == "exact" else {})
+        grouped = {n: model.get_submodule(n) for g in self.groups for n in g.members if n not in self.layers}
+        self._norms = {name: NormLayer(module, name in told) for name, module in (grouped | told).items()}
         self._activations = {name: ActivationLayer(module) for name, module in activations(model).items()}
         self._drawn: dict[tuple[int, torch.device], torch.Tensor] = {}
         self.refresh()

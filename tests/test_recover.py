@@ -69,7 +69,7 @@ def test_it_comes_nearer_to_the_original_and_keeps_what_slicing_promised(cut):
     assert after.failing_checks() == []
     assert divergence(after, original, text) < 0.8 * divergence(made, original, text)
     assert details["steps"] == 20
-    assert len(details["loss"]) == 20
+    assert len(details["loss"]["loss"]) == 20
     assert details["packed"] == "positions"
     norms = [n for n in made.tensors if "layernorm" in n or n == "model.norm.weight"]
     assert details["held"] == sum(made.tensors[n].numel() for n in norms)
@@ -172,7 +172,7 @@ def test_other_tasks_recover_too(tiny, model_type, task, lora):
         return
     details: dict = {}
     options.apply(damaged, Context(data, original=original, details=details))
-    assert np.mean(details["loss"][-4:]) < np.mean(details["loss"][:4])
+    assert np.mean(details["loss"]["loss"][-4:]) < np.mean(details["loss"]["loss"][:4])
 
 
 def test_the_stored_dtype_stays(tiny):

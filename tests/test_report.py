@@ -169,6 +169,21 @@ def test_what_a_pass_left_is_shown_by_its_shape(page):
     assert all("layer" in plot for plot in plots[:2])
 
 
+def test_columns_over_steps_are_drawn_over_them():
+    few = {"step": [1, 11, 21, 31], "sparse": [3.0, 2.5, 2.0, 2.1], "dense": [3.0, 2.4, 1.9, 1.8]}
+    many = {"step": few["step"], **{f"layer{n}": [1.0, 0.8, 0.5, 0.2] for n in range(20)}}
+    facts, plots, rest = _details({"loss": few, "density": many}, "s")
+    assert (facts, rest) == ({}, {})
+    lines, layers = plots
+    assert "sparse" in lines
+    assert "step" in lines
+    assert ["layer0" in layers, "layer7" in layers, "layer19" in layers] == [True, False, True]
+    odd = _details({"odd": {**few, "step": [1, 2, 3]}}, "s")[1]
+    assert "step" in odd[0], "columns of other lengths are lines of their own"
+    moved = figures.lines("loss", {"sparse": few["sparse"], "dense": few["dense"]}, "step", "s-0", [1, 11, 21, 91])
+    assert moved != lines
+
+
 def test_one_sample_has_no_interval_and_numbers_that_are_none_no_plot():
     svg = figures.intervals("kl & more", {"a": 1.0, "b": 2.0}, {"a": (None, None)}, [1.5], "x")
     assert svg.startswith('<svg role="img" aria-label="kl &amp; more"')

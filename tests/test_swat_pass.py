@@ -50,8 +50,13 @@ def test_exact_leaves_the_share_asked_for_and_says_that_nothing_runs_faster(tiny
     assert 0 < details["encoded_share"] < 1
     assert details["flops"]["counted"] < details["flops"]["realised"] == details["flops"]["dense"]
     assert details["saved_bytes"]["sparse"] < details["saved_bytes"]["dense"]
-    assert details["densities"][0] == [1, 1.0], "the ramp starts dense"
-    assert len(details["losses"]) == 12
+    assert len(details["loss"]["loss"]) == 12
+    assert all(values[0] == 1.0 for name, values in details["density_by_layer"].items() if name != "step")
+    compared = details["loss_with_and_without_masks"]
+    assert compared["step"] == list(range(1, 13))
+    assert compared["sparse"][0] == compared["dense"][0], "the ramp starts dense"
+    assert compared["sparse"][-1] != compared["dense"][-1]
+    assert max(details["bytes_kept_for_backward"]["bytes"]) < 4 * details["saved_bytes"]["dense"]
     (check,) = step.checks(details)
     assert check.holds(checkpoint.config, checkpoint.tensors) is None
     name = next(iter(details["nonzero"]))
@@ -101,7 +106,9 @@ def test_the_check_notices_a_unit_that_lives_again(tiny):
 def test_killed_anywhere_it_ends_with_the_same_bits(mode, tiny, tmp_path, monkeypatch):
     step = Swat(mode=mode, weights=0.5, activations=0.5, **SHORT)
     whole = tiny("llama")
-    applied(step, whole, sequences(), tmp_path / "whole")
+    details = applied(step, whole, sequences(), tmp_path / "whole")
+    curves = [name for name, value in details.items() if isinstance(value, dict) and "step" in value]
+    assert len(curves) == 4
 
     from tersor.sparse.swat.training import SparseTraining
 
@@ -119,11 +126,13 @@ def test_killed_anywhere_it_ends_with_the_same_bits(mode, tiny, tmp_path, monkey
             applied(step, tiny("llama"), sequences(), folder)
         monkeypatch.setattr(SparseTraining, "step", counted)
         resumed = tiny("llama")
-        applied(step, resumed, sequences(), folder)
+        again = applied(step, resumed, sequences(), folder)
+        assert all(again[name] == details[name] for name in curves)
         assert all(torch.equal(whole.tensors[name], t) for name, t in resumed.tensors.items()), last
     finished = tiny("llama")
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    applied(step, finished, sequences(), tmp_path / "again")
+    again = applied(step, finished, sequences(), tmp_path / "again")
+    assert all(again[name] == details[name] for name in curves)
     assert all(torch.equal(whole.tensors[name], t) for name, t in finished.tensors.items()), "nothing left to train"
 
 

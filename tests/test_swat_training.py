@@ -307,9 +307,8 @@ def test_the_callback_trains_resumes_and_hardens(tmp_path):
             )
         return model, callback
 
-    whole, callback = run(False)
+    whole, _ = run(False)
     assert (tmp_path / "checkpoint-7" / STATE).is_file()
-    assert [step for step, _ in callback.history] == [1, 4, 7, 10, 13]
     resumed, _ = run(True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert float((whole.net[2].weight == 0).float().mean()) == pytest.approx(0.6, abs=1e-3)

@@ -95,21 +95,33 @@ def intervals(
     return _svg(draw, title, 0.75 + 0.42 * len(values), prefix)
 
 
-def lines(title: str, series: Mapping[str, Sequence[float]], xlabel: str, prefix: str) -> str:
-    """One line or several over 0, 1, 2, … (layers, trials).
+def lines(
+    title: str, series: Mapping[str, Sequence[float]], xlabel: str, prefix: str, places: Sequence[float] | None = None
+) -> str:
+    """One line or several over 0, 1, 2, … (layers, trials), or over places (steps).
 
     Args:
         title: above the plot.
-        series: values by name; a single name is not shown as a legend.
+        series: values by name; a single name is not shown as a legend. More than six go from light to dark, and the
+            legend names the first and the last.
         xlabel: what is counted.
         prefix: of the ids.
+        places: of the values, where they are not counted from 0.
     """
 
     def draw(axes: Any) -> None:
         colours = (MAIN, LIMIT, SOFT, "#6a4c93", "#5b8c3a", "#c98a1b")
+        many = len(series) > len(colours)
         for number, (name, values) in enumerate(series.items()):
-            marker = "o" if len(values) <= 60 else None
-            axes.plot(values, marker=marker, markersize=3.5, linewidth=1.4, label=name, color=colours[number % 6])
+            at = range(len(values)) if places is None else places
+            style: dict[str, Any] = {"linewidth": 1.4, "color": colours[number % 6], "label": name, "markersize": 3.5}
+            if many:
+                shade = 0.25 + 0.75 * number / (len(series) - 1)
+                ends = number in (0, len(series) - 1)
+                style |= {"color": (MAIN, shade), "linewidth": 0.8, "label": name if ends else None}
+            elif len(values) <= 60:
+                style["marker"] = "o"
+            axes.plot(at, values, **style)
         axes.set_xlabel(xlabel)
         axes.locator_params(axis="x", integer=True)
         axes.grid(axis="y", color="#e3e8ed", linewidth=0.8)

@@ -2,7 +2,8 @@
 
 What the page shows is metrics.json, the journal, the plan and lock.json, and nothing else, so the same run directory
 gives the same bytes. Details that a pass left in the journal are shown by their shape: numbers as they are, lists of
-numbers (`per_layer` and the like) and lists of records as plots, records as tables and the rest as JSON to unfold.
+numbers (`per_layer` and the like) and lists of records as plots, so are columns over a column `step`, records as tables
+and the rest as JSON to unfold.
 """
 
 from __future__ import annotations
@@ -156,6 +157,10 @@ def _details(details: Mapping[str, Any], prefix: str) -> tuple[dict[str, str], l
     rest: dict[str, Any] = {}
     for key, value in details.items():
         title, series = key.replace("_", " "), _series(key, value)
+        if columns := _over_steps(value):
+            steps = columns.pop("step")
+            plots.append(figures.lines(title, columns, "step", f"{prefix}-{len(plots)}", steps))
+            continue
         if series:
             counted = "layer" if "layer" in key else "number"
             plots.append(figures.lines(title, series, counted, f"{prefix}-{len(plots)}"))
@@ -168,6 +173,14 @@ def _details(details: Mapping[str, Any], prefix: str) -> tuple[dict[str, str], l
         elif not series or not (_numbers(value) or len(series) == len(value)):
             rest[title] = json.dumps(value, indent=1, ensure_ascii=False)
     return facts, plots, {title: part for title, part in rest.items() if len(part) > 1}
+
+
+def _over_steps(value: Any) -> dict[str, list[float]]:
+    """Columns over a column `step`, by name; none if it is something else or a column holds what cannot be drawn."""
+    if not (isinstance(value, dict) and _numbers(value.get("step")) and len(value) > 1):
+        return {}
+    even = all(_numbers(part) and len(part) == len(value["step"]) for part in value.values())
+    return {str(name): part for name, part in value.items()} if even else {}
 
 
 def _flat(value: Any) -> bool:

@@ -14,57 +14,37 @@ The loss is that of `recover`: the divergence from the original's answers, the t
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tersor.compress.axes import family
 from tersor.compress.checkpoint import Check, Checkpoint, named_parameters
-from tersor.compress.errors import PreflightError, RecipeError
+from tersor.compress.errors import RecipeError
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Context, Forecast, Pass
-from tersor.compress.passes.recover import Recover, memory, rows
-from tersor.compress.train.options import Training, needs_extra
+from tersor.compress.train.learning import Learning
 
 from ..swat.options import Sparsity
 from .compact import compactable, dead_units
 
 if TYPE_CHECKING:
     from ..swat.callback import SwatCallback
+    from ..swat.record import Record
     from ..swat.training import SparseTraining
-
-POINTS = 200
-"""Most losses, and most steps of a curve, that the journal keeps."""
 
 
 @dataclass(frozen=True, config=STRICT)
-class Swat(Training, Sparsity, Pass):
-    """Train with sparse weights and activations.
-
-    Attributes:
-        distill: share of the loss that is the divergence from the original's answers; the rest is the text's
-            likelihood, which only language models have.
-        temperature: of the divergence.
-        width: tokens of a row, by default those of the longest calibration sequence.
-    """
+class Swat(Learning, Sparsity, Pass):
+    """Train with sparse weights and activations."""
 
     needs_calibration: ClassVar[bool] = True
 
-    distill: Annotated[float, Field(ge=0, le=1)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    width: Annotated[int, Field(gt=1)] | None = None
-
     def requires(self, layout: Layout) -> Forecast:
         """Refuse what this task or architecture does not have, and predict memory and disk."""
-        needs_extra("swat")
-        if self.distill < 1 and layout.task != "text-generation":
-            raise RecipeError("distill", f"{self.distill:g} for {layout.task}", "1, since the data brings no labels")
         names = [name.removesuffix(".weight") for name, t in layout.tensors.items() if len(t.dims) in (2, 4)]
         self._known(names)
         notes = [f"{self.mode}: weights {self.weights:.0%}, activations {self.activations:.0%} dropped"]
@@ -73,9 +53,7 @@ class Swat(Training, Sparsity, Pass):
             notes.append("units become zero; `compact` behind this pass takes them out of the shapes")
         elif self.weights:
             notes.append("zeros anywhere in the weights: shapes, speed and memory of the result stay as they are")
-        state = 12 * layout.parameters * (max(2, self.average) + 1)
-        alike = Recover(batch=self.batch, width=self.width, activation_checkpointing=self.activation_checkpointing)
-        return Forecast(layout, memory(layout, alike, layout.parameters), tuple(notes), disk=state)
+        return self.forecast("swat", layout, layout.parameters, notes)
 
     def _known(self, names: list[str]) -> None:
         import re
@@ -94,57 +72,34 @@ class Swat(Training, Sparsity, Pass):
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Train, write zeros, cast."""
-        from tersor.compress.train import Distillation, LanguageModel, train
-        from tersor.compress.train.promises import held
-
         from ..swat.callback import SwatCallback
+        from ..swat.record import Record
 
         began = time.perf_counter()
-        if not context.calibration:
-            raise PreflightError("swat", "no calibration data", "text to train on")
-        if context.original is None and self.distill:
-            raise PreflightError("swat", "no original", "the checkpoint that the run started from", "Or distill: 0.")
-        layout, keeps = checkpoint.layout, held(checkpoint)
-        model = copy.deepcopy(checkpoint.model()).requires_grad_(True)
-        data = rows(model, layout, context.calibration, self.width)
-        keeps.hold(model)
+        lesson, layout = self.lesson("swat", checkpoint, context, context.calibration), checkpoint.layout
+        model, data = lesson.model, lesson.data
         callback = SwatCallback(self, seed=context.seed, harden=False)
-        objective = (
-            Distillation(context.original.model(), self.distill, self.temperature)
-            if self.distill and context.original is not None
-            else LanguageModel()
-        )
-        done = train(
-            model,
-            data,
-            objective,
-            self,
-            folder=context.folder,
-            seed=context.seed,
-            callbacks=[callback],
-            track=context.track,
-            label="swat",
-        )
-        training = self._finished(model, callback, context)
-        figures = meters(training, lambda: objective(model, data.collate([data[0]])), model)
+        record = Record(callback, lesson.objective, data.collate([data[0]]), self.steps)
+        lesson.objective = record.watched
+        done = lesson.train(self, context, "swat", callbacks=[callback, record])
+        training = self._finished(model, callback, record, context)
+        figures = meters(training, lambda: record.objective(model, record.batch), model)
         training.harden()
         checkpoint.become(layout, named_parameters(model))
-        every = max(1, len(done.losses) // POINTS)
         context.details.update(
             mode=self.mode,
             task=layout.task,
-            steps=done.steps,
-            averaged=done.averaged,
-            rows=len(data),
-            losses=[[step, loss] for step, loss in done.losses[::every]],
-            densities=curve(callback),
+            **lesson.record(done, checkpoint.tensors),
+            **record.curves(),
             layers={name: round(share, 4) for name, share in training.shares.items()},
             **figures,
             **self._left(checkpoint, training),
             seconds={"train": time.perf_counter() - began},
         )
 
-    def _finished(self, model: torch.nn.Module, callback: SwatCallback, context: Context) -> SparseTraining:
+    def _finished(
+        self, model: torch.nn.Module, callback: SwatCallback, record: Record, context: Context
+    ) -> SparseTraining:
         """Sparse training as its last step left it: also where a resumed run found nothing left to train."""
         if callback.training is not None:
             return callback.training
@@ -155,7 +110,9 @@ class Swat(Training, Sparsity, Pass):
 
         assert context.folder is not None, "without a folder there is no state to find finished"
         training = SparseTraining(model, self, self.steps, seed=context.seed)
-        load(training, checkpoints(Path(context.folder))[-1])
+        last = checkpoints(Path(context.folder))[-1]
+        load(training, last)
+        record.load(last)
         return training
 
     def _left(self, checkpoint: Checkpoint, training: SparseTraining) -> dict[str, Any]:
@@ -198,16 +155,6 @@ class Swat(Training, Sparsity, Pass):
 
         found = [Check("pruned weights are zero", more_values)] if nonzero else []
         return [*found, Check("dropped units are zero", more_units)] if live else found
-
-
-def curve(callback: SwatCallback) -> list[list[float]]:
-    """(step, weight density of all sparse layers together), at most `POINTS` of them."""
-    if callback.training is None:
-        return []
-    sizes = {name: layer.module.weight.numel() for name, layer in callback.training.layers.items()}
-    total = sum(sizes.values())
-    every = math.ceil(len(callback.history) / POINTS) or 1
-    return [[s, 1 - sum(x * sizes[n] for n, x in shares.items()) / total] for s, shares in callback.history[::every]]
 
 
 def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[str, Any]:

@@ -34,7 +34,6 @@ class SwatCallback(TrainerCallback):
         seed: of the tokens drawn.
         harden: whether the end of training writes the zeros.
         training: of the model, once training has begun.
-        history: (step, weight sparsity by layer), one entry a period: what a report plots.
     """
 
     def __init__(
@@ -42,13 +41,12 @@ class SwatCallback(TrainerCallback):
     ) -> None:
         self.options, self.groups, self.seed, self.harden = options, groups, seed, harden
         self.training: SparseTraining | None = None
-        self.history: list[tuple[int, dict[str, float]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Replace the forwards; take up the state of the checkpoint that the Trainer resumes from."""
         self.training = SparseTraining(model, self.options, state.max_steps, self.groups, self.seed)
         if state.global_step:
-            load(self.training, _directory(args, state.global_step))
+            load(self.training, checkpoint_directory(args, state.global_step))
         self.training.attach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -57,22 +55,20 @@ class SwatCallback(TrainerCallback):
         The Trainer writes its own state last, so that a checkpoint it calls whole has ours too, whenever it is killed.
         """
         assert self.training is not None
-        if (state.global_step - 1) % self.options.period == 0:
-            self.history.append((state.global_step, self.training.shares))
         self.training.step()
-        if control.should_save or (state.global_step >= state.max_steps and args.save_strategy != "no"):
+        if about_to_save(args, state, control):
             self._write(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the state beside the Trainer's, where another callback asked for the checkpoint."""
-        if not (_directory(args, state.global_step) / STATE).is_file():
+        if not (checkpoint_directory(args, state.global_step) / STATE).is_file():
             self._write(args, state)
 
     def _write(self, args: Any, state: Any) -> None:
         from safetensors.torch import save_file
 
         if self.training is not None and state.is_world_process_zero:
-            directory = _directory(args, state.global_step)
+            directory = checkpoint_directory(args, state.global_step)
             directory.mkdir(parents=True, exist_ok=True)
             save_file(self.training.state_dict(), directory / STATE)
 
@@ -99,6 +95,11 @@ def load(training: SparseTraining, directory: Path) -> None:
     training.load_state_dict(load_file(path))
 
 
-def _directory(args: Any, step: int) -> Path:
+def about_to_save(args: Any, state: Any, control: Any) -> bool:
+    """Whether the Trainer writes a checkpoint behind this step."""
+    return bool(control.should_save or (state.global_step >= state.max_steps and args.save_strategy != "no"))
+
+
+def checkpoint_directory(args: Any, step: int) -> Path:
     """Where the Trainer keeps the checkpoint of a step."""
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -20,6 +20,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "slice hidden": ("slice", {"remove": 0.05, "on": ["hidden"]}),
     "slice ffn": ("slice", {"remove": 0.05, "on": ["ffn"]}),
     "slice heads": ("slice", {"remove": 0.05, "on": ["heads"]}),
+    "slice head_dim": ("slice", {"remove": 0.05, "on": ["head_dim"]}),
     "compact ffn": ("compact", {"on": ("ffn",)}),
     "compact heads": ("compact", {"on": ("heads",)}),
     "moe": ("moe", {"experts": 4, "active": 2}),

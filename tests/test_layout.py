@@ -58,9 +58,9 @@ def test_what_resizing_states_is_read_back(tiny, ffn, kv_heads, hidden):
 
 def test_an_axis_that_is_fixed_is_refused(tiny):
     with pytest.raises(
-        RecipeError, match=r"head_dim: found an axis that is fixed in llama, expected one of hidden, ffn"
+        RecipeError, match=r"queries: found an axis that is fixed in llama, expected one of hidden, ffn"
     ):
-        tiny("llama").layout.resized({"head_dim": 4})
+        tiny("llama").layout.resized({"queries": 1})
     with pytest.raises(RecipeError, match="fixed in bert"):
         tiny("bert").layout.grid("hidden")
 

@@ -96,6 +96,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """RoPE on whole heads: `head_dim` holds pairs (j, j + head_dim / 2), their frequencies the same in all blocks.
+
+    Attributes:
+        module: has the frequencies, `inv_freq`, as `rope_parameters` in the config states them.
+        scaled: whether the forward divides scores by √head_dim, not by a number of the config.
+    """
+
+    module: str = "@rotary_emb"
+    scaled: bool = True
+
+
+@dataclass(frozen=True)
 class Axis:
     """A named dimension that may change: how the config states it and what the config demands of it."""
 
@@ -137,6 +150,8 @@ class Architecture:
     stream: Literal["pre-norm", "post-norm"]
     parallel: bool = False
     """Whether both branches of a block read the stream that enters it (Phi), not one after the other."""
+    rotary: Rotary | None = None
+    """Of heads that may become narrower; None where a norm, learned positions or the config fix their width."""
     embedding_scale: Literal["", "sqrt(hidden)"] = ""
     """What the forward multiplies the embeddings by and derives from a size: changes with it, in no config."""
     branch_scale: str = ""

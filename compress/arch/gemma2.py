@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from . import ANY, Axis, Param
+from . import ANY, Axis, Param, Rotary
 from .gemma import ARCHITECTURE as GEMMA
 
 LAYER = "@layers.{i}"
@@ -29,6 +29,7 @@ ARCHITECTURE = replace(
             post_norm=f"{LAYER}.post_feedforward_layernorm",
         ),
     ),
+    rotary=Rotary(scaled=False),
     activation="hidden_activation",
     settings={
         **{name: values for name, values in GEMMA.settings.items() if name != "hidden_activation"},

@@ -17,6 +17,7 @@ SHARED, SHARED_BRANCH = shared_expert(f"{FFN}.shared_experts", "shared * ffn{i}"
 ARCHITECTURE = replace(
     LLAMA,
     model_type="glm4_moe",
+    rotary=None,
     config=(
         *(e for e in QWEN2_MOE.config if e[0] not in ("num_experts", "shared_expert_intermediate_size")),
         ("n_routed_experts", "experts"),

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from . import ANY, Axis
+from . import ANY, Axis, Rotary
 from .llama import ARCHITECTURE as LLAMA
 
 ARCHITECTURE = replace(
     LLAMA,
     model_type="granite",
     axes=(Axis("hidden"), Axis("ffn"), Axis("kv_heads")),
+    rotary=Rotary(scaled=False),
     branch_scale="residual_multiplier",
     settings={
         **{name: values for name, values in LLAMA.settings.items() if name != "pretraining_tp"},

@@ -1,9 +1,11 @@
 """Llama: pre-norm RMSNorm decoder, grouped-query attention with RoPE, gated FFN."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads
+from . import ANY, Architecture, Axis, Branch, Norm, Param, Rotary, causal_heads
 
-QKV = "kv_heads{i} * queries * head_dim"
-KV = "kv_heads{i} * head_dim"
+QUERIES = "kv_heads{i} * queries * head_dim"
+KEYS = "kv_heads{i} * head_dim"
+VALUES = "kv_heads{i} * value_dim"
+MIXED = "kv_heads{i} * queries * value_dim"
 
 ARCHITECTURE = Architecture(
     model_type="llama",
@@ -14,12 +16,14 @@ ARCHITECTURE = Architecture(
         ("num_key_value_heads", "kv_heads"),
         ("num_attention_heads", "kv_heads * queries"),
         ("head_dim", "head_dim"),
+        ("head_dim", "value_dim"),  # one number for both: they change together
     ),
     axes=(
         Axis("hidden", multiple_of="num_attention_heads"),  # LlamaConfig.validate_architecture
         Axis("ffn"),
         Axis("kv_heads"),
     ),
+    coupled=(("head_dim", "value_dim"),),
     defaults={"head_dim": lambda config: config.hidden_size // config.num_attention_heads},
     blocks="@layers",
     depth="num_hidden_layers",
@@ -27,13 +31,13 @@ ARCHITECTURE = Architecture(
     params=(
         Param("@embed_tokens.weight", "vocab, hidden"),
         Param("@layers.{i}.input_layernorm.weight", "hidden"),
-        Param("@layers.{i}.self_attn.q_proj.weight", f"{QKV}, hidden"),
-        Param("@layers.{i}.self_attn.k_proj.weight", f"{KV}, hidden"),
-        Param("@layers.{i}.self_attn.v_proj.weight", f"{KV}, hidden"),
-        Param("@layers.{i}.self_attn.o_proj.weight", f"hidden, {QKV}"),
-        Param("@layers.{i}.self_attn.q_proj.bias", QKV, when="attention_bias"),
-        Param("@layers.{i}.self_attn.k_proj.bias", KV, when="attention_bias"),
-        Param("@layers.{i}.self_attn.v_proj.bias", KV, when="attention_bias"),
+        Param("@layers.{i}.self_attn.q_proj.weight", f"{QUERIES}, hidden"),
+        Param("@layers.{i}.self_attn.k_proj.weight", f"{KEYS}, hidden"),
+        Param("@layers.{i}.self_attn.v_proj.weight", f"{VALUES}, hidden"),
+        Param("@layers.{i}.self_attn.o_proj.weight", f"hidden, {MIXED}"),
+        Param("@layers.{i}.self_attn.q_proj.bias", QUERIES, when="attention_bias"),
+        Param("@layers.{i}.self_attn.k_proj.bias", KEYS, when="attention_bias"),
+        Param("@layers.{i}.self_attn.v_proj.bias", VALUES, when="attention_bias"),
         Param("@layers.{i}.self_attn.o_proj.bias", "hidden", when="attention_bias"),
         Param("@layers.{i}.post_attention_layernorm.weight", "hidden"),
         Param("@layers.{i}.mlp.gate_proj.weight", "ffn{i}, hidden"),
@@ -53,7 +57,7 @@ ARCHITECTURE = Architecture(
                 "@layers.{i}.self_attn.v_proj",
             ),
             writes="@layers.{i}.self_attn.o_proj",
-            inner=QKV,
+            inner=MIXED,
         ),
         Branch(
             norm="@layers.{i}.post_attention_layernorm",
@@ -63,6 +67,7 @@ ARCHITECTURE = Architecture(
         ),
     ),
     norm=Norm("rms", eps="rms_norm_eps"),
+    rotary=Rotary(),
     stream="pre-norm",
     final_norm="@norm",
     heads=causal_heads("@embed_tokens.weight"),

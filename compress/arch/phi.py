@@ -1,7 +1,7 @@
 """Phi (1, 1.5, 2): LayerNorm decoder whose attention and FFN read one norm and add to the stream together."""
 
 from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm, linear
-from .llama import KV, QKV
+from .llama import KEYS, MIXED, QUERIES, VALUES
 
 ATTENTION = "@layers.{i}.self_attn"
 MLP = "@layers.{i}.mlp"
@@ -16,8 +16,10 @@ ARCHITECTURE = Architecture(
         ("num_key_value_heads", "kv_heads"),
         ("num_attention_heads", "kv_heads * queries"),
         ("head_dim", "head_dim"),
+        ("head_dim", "value_dim"),
     ),
     axes=(Axis("hidden"), Axis("ffn"), Axis("kv_heads")),
+    coupled=(("head_dim", "value_dim"),),
     defaults={"head_dim": lambda config: config.hidden_size // config.num_attention_heads},
     blocks="@layers",
     depth="num_hidden_layers",
@@ -25,10 +27,10 @@ ARCHITECTURE = Architecture(
     params=(
         Param("@embed_tokens.weight", "vocab, hidden"),
         *layer_norm(NORM),
-        *linear(f"{ATTENTION}.q_proj", QKV, "hidden"),
-        *linear(f"{ATTENTION}.k_proj", KV, "hidden"),
-        *linear(f"{ATTENTION}.v_proj", KV, "hidden"),
-        *linear(f"{ATTENTION}.dense", "hidden", QKV),
+        *linear(f"{ATTENTION}.q_proj", QUERIES, "hidden"),
+        *linear(f"{ATTENTION}.k_proj", KEYS, "hidden"),
+        *linear(f"{ATTENTION}.v_proj", VALUES, "hidden"),
+        *linear(f"{ATTENTION}.dense", "hidden", MIXED),
         *linear(f"{MLP}.fc1", "ffn{i}", "hidden"),
         *linear(f"{MLP}.fc2", "hidden", "ffn{i}"),
         *layer_norm("@final_layernorm"),
@@ -38,7 +40,7 @@ ARCHITECTURE = Architecture(
             norm=NORM,
             reads=(f"{ATTENTION}.q_proj", f"{ATTENTION}.k_proj", f"{ATTENTION}.v_proj"),
             writes=f"{ATTENTION}.dense",
-            inner=QKV,
+            inner=MIXED,
         ),
         Branch(norm=NORM, reads=(f"{MLP}.fc1",), writes=f"{MLP}.fc2", inner="ffn{i}"),
     ),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from . import ANY, Axis, Branch, Param
 from .llama import ARCHITECTURE as LLAMA
-from .llama import KV, QKV
+from .llama import KEYS, MIXED, QUERIES, VALUES
 
 ATTENTION = "@layers.{i}.self_attn"
 MLP = "@layers.{i}.mlp"
@@ -16,8 +16,8 @@ ARCHITECTURE = replace(
     params=(
         Param("@embed_tokens.weight", "vocab, hidden"),
         Param("@layers.{i}.input_layernorm.weight", "hidden"),
-        Param(f"{ATTENTION}.qkv_proj.weight", f"{QKV} + {KV} + {KV}, hidden"),
-        Param(f"{ATTENTION}.o_proj.weight", f"hidden, {QKV}"),
+        Param(f"{ATTENTION}.qkv_proj.weight", f"{QUERIES} + {KEYS} + {VALUES}, hidden"),
+        Param(f"{ATTENTION}.o_proj.weight", f"hidden, {MIXED}"),
         Param("@layers.{i}.post_attention_layernorm.weight", "hidden"),
         Param(f"{MLP}.gate_up_proj.weight", "ffn{i} + ffn{i}, hidden"),
         Param(f"{MLP}.down_proj.weight", "hidden, ffn{i}"),
@@ -28,7 +28,7 @@ ARCHITECTURE = replace(
             norm="@layers.{i}.input_layernorm",
             reads=(f"{ATTENTION}.qkv_proj",),
             writes=f"{ATTENTION}.o_proj",
-            inner=QKV,
+            inner=MIXED,
         ),
         Branch(
             norm="@layers.{i}.post_attention_layernorm",

@@ -9,6 +9,7 @@ from .qwen2 import ARCHITECTURE as QWEN2
 ARCHITECTURE = replace(
     LLAMA,
     model_type="qwen3",
+    rotary=None,  # a norm over each head
     axes=(Axis("hidden"), Axis("ffn"), Axis("kv_heads")),
     params=(
         *(p for p in LLAMA.params if ".mlp." not in p.name or not p.name.endswith("bias")),

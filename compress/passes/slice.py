@@ -1,9 +1,10 @@
 """slice: a smaller dense model that stays a stock config, without training.
 
 What may become smaller: the residual stream (`hidden`: one rotation of it, cut to k directions), the MLPs'
-units (`ffn`) and attention heads, with grouped queries by groups (`heads`). What remains is refitted by least
-squares, stage by stage (compress/slicing/refit.py), so that the compressed stream follows the dense one. Compare
-SliceGPT (arXiv 2401.15024), which cuts the stream alone, refits nothing, and leaves a private format.
+units (`ffn`), attention heads, with grouped queries by groups (`heads`), and their width (`head_dim`). What remains
+is refitted by least squares, stage by stage (compress/slicing/refit.py), so that the compressed stream follows the
+dense one. Compare SliceGPT (arXiv 2401.15024), which cuts the stream alone, refits nothing, and leaves a private
+format.
 
 `remove` is the share of the *real* parameters of the model as it is loaded: tied tensors counted once,
 embeddings and head included. Where it is taken from is chosen by the loss on a tenth of the calibration data,
@@ -27,7 +28,7 @@ from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..pass_ import STRICT, Context, Forecast, Pass
 from ..plan import lean_weight
-from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis
+from ..slicing.budget import TOLERANCE, Sizes, axes_of, candidates, free_words, head_axis, whole_heads
 from ..slicing.cutter import BACKWARD_TOKENS, Cutter
 from ..slicing.fuse import norms, restate, rotatable, tied_heads
 from ..slicing.refit import HELD
@@ -48,7 +49,8 @@ class Slice(Pass):
 
     Attributes:
         remove: share of all real parameters to remove, between 0 and 1.
-        on: what may shrink; by default all that the architecture's stock config allows.
+        on: what may shrink; by default all of `hidden`, `ffn` and `heads` that the architecture's stock config
+            allows. `head_dim` makes heads narrower: rotary pairs of queries and keys and directions of values.
         round_to: sizes of hidden and ffn that change stay multiples of this.
         split: the share of the cut that `hidden` takes, between 0 and 1; by default the loss on a tenth of
             the calibration data chooses.
@@ -58,7 +60,7 @@ class Slice(Pass):
     needs_calibration: ClassVar[bool] = True
 
     remove: Share
-    on: list[Literal["hidden", "ffn", "heads"]] | None = None
+    on: list[Literal["hidden", "ffn", "heads", "head_dim"]] | None = None
     round_to: Annotated[int, Field(gt=0)] = 1
     split: Annotated[float, Field(ge=0, le=1)] | None = None
     ridge: Annotated[float, Field(gt=0)] = 1e-2
@@ -66,7 +68,7 @@ class Slice(Pass):
     def requires(self, layout: Layout) -> Forecast:
         """Find sizes that remove what is asked for, and predict shapes and memory."""
         options = self._options(layout)
-        whole = [option for option in options if head_axis(layout) not in option] or options
+        whole = whole_heads(layout, options)
         typical = self._fixed(layout, options) or whole[len(whole) // 2]
         after = restate(layout, typical)
         chosen = [typical] if self._fixed(layout, options) else options
@@ -132,9 +134,7 @@ class Slice(Pass):
         if self.split is None:
             return options[0] if len(options) == 1 else None
         goal = self.split * self.remove
-        axis = head_axis(layout)
-        whole = [option for option in options if axis not in option] or options
-        return min(whole, key=lambda option: abs(hidden_share(layout, option) - goal))
+        return min(whole_heads(layout, options), key=lambda option: abs(hidden_share(layout, option) - goal))
 
     def _choose(self, cutter: Cutter, options: list[Sizes], context: Context) -> tuple[Sizes, list[Any]]:
         fixed = self._fixed(cutter.layout, options)

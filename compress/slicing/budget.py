@@ -13,6 +13,7 @@ from math import lcm
 from ..errors import RecipeError
 from ..layout import Layout
 from .fuse import obstacle, restate
+from .heads import WIDTHS, fixed_widths
 
 Sizes = dict[str, int]
 
@@ -26,7 +27,9 @@ def head_axis(layout: Layout) -> str:
 
 
 def free_words(layout: Layout) -> list[str]:
-    """The recipe's words for what a stock config of this architecture lets shrink and a pass knows how to."""
+    """The recipe's words for what shrinks by default: all that a stock config of this architecture lets shrink but the
+    width of heads, which RoPE's common frequencies make dear (heads.py).
+    """
     words = {"hidden": "hidden", "ffn": "ffn", head_axis(layout): "heads"}
     free = [words[axis.name] for axis in layout.arch.axes if axis.shrinkable and axis.name in words]
     return [word for word in free if word != "hidden" or not obstacle(layout)]
@@ -40,6 +43,11 @@ def axes_of(layout: Layout, on: Sequence[str]) -> list[str]:
     """
     found = []
     for word in on:
+        if word == "head_dim":
+            if why := fixed_widths(layout):
+                raise RecipeError("slice: on", "'head_dim'", "heads that may become narrower", f"Here are {why}.")
+            found += WIDTHS
+            continue
         axis = head_axis(layout) if word == "heads" else word
         if not axis or layout.arch.axis(axis) is None:
             free = ["heads" if a.name == head_axis(layout) else a.name for a in layout.arch.axes]
@@ -87,6 +95,12 @@ def candidates(layout: Layout, remove: float, axes: Sequence[str], round_to: int
     return found
 
 
+def whole_heads(layout: Layout, options: Sequence[Sizes]) -> list[Sizes]:
+    """The options that leave all heads as they are; all options if there is none."""
+    changed = {head_axis(layout), *WIDTHS}
+    return [option for option in options if not changed & option.keys()] or list(options)
+
+
 def spread(items: list[Sizes], most: int) -> list[Sizes]:
     """At most `most` of the items, the first and the last among them, evenly."""
     if len(items) <= most:
@@ -95,11 +109,15 @@ def spread(items: list[Sizes], most: int) -> list[Sizes]:
 
 
 def _heads(layout: Layout, axes: Sequence[str]) -> list[Sizes]:
-    axis = head_axis(layout)
-    if axis not in axes:
-        return [{}]
-    count, d = layout.families[axis], layout.families["hidden"]
-    found: list[Sizes] = [{}, *({axis: left} for left in range(count - 1, max(count // 2, 1) - 1, -1))]
+    """All heads whole, then fewer, then narrower ones: down to a half."""
+    axis, d, found = head_axis(layout), layout.families["hidden"], [Sizes()]
+    if axis in axes:
+        count = layout.families[axis]
+        found += [{axis: left} for left in range(count - 1, max(count // 2, 1) - 1, -1)]
+    if "head_dim" in axes:
+        width = layout.families["head_dim"]
+        step = 2 * max(1, width // 16)
+        found += [dict.fromkeys(WIDTHS, left) for left in range(width - step, max(width // 2, 2) - 1, -step)]
     if "hidden" in axes or layout.arch.axis("hidden") is None:
         return found
     return [sizes for sizes in found if d % layout.grid("hidden", sizes) == 0]  # hidden stays, heads must divide it

@@ -18,9 +18,11 @@ from ..layout import Layout
 from ..pass_ import Context
 from ..tokens import Input
 from .basis import sensitivity, weighted_basis
-from .budget import Sizes, head_axis
+from .budget import Sizes, head_axis, whole_heads
 from .fuse import cut, embeddings, fuse, restate, rotate
+from .heads import narrowed_rope
 from .kept import Kept
+from .obs import survivors
 from .refit import Refit
 from .shrink import removal_orders, without
 
@@ -99,15 +101,18 @@ class Cutter:
         return self.models[fused]
 
     def cut(
-        self, sizes: Sizes, data: Sequence[Batch], context: Context, kept: Kept | None = None
+        self, sizes: Sizes, data: Sequence[Batch], context: Context, state: Kept | None = None
     ) -> tuple[Layout, dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """The model at `sizes`, refitted on `data`; from where `kept` stands.
+        """The model at `sizes`, refitted on `data`; from where `state` stands.
 
         Returns:
             layout, float32 tensors, and what each fit left unexplained.
         """
         layout, tensors, model = self.dense(fused="hidden" in sizes)
         after, basis = restate(self.layout, sizes), None
+        if "head_dim" in sizes:
+            kept = survivors(self.orders["head_dim"], self.layout.families["head_dim"], sizes["head_dim"])
+            after.config.rope_parameters = narrowed_rope(layout, model, kept)
         sources = without(layout, tensors, self.orders, sizes, self.later)
         start = sources
         if "hidden" in sizes:
@@ -119,7 +124,7 @@ class Cutter:
             dense = Side.at_start(model, layout, data, self.files(context, "dense"))
             small = Side.at_start(compressed, after, data, self.files(context, "small"))
         refit = Refit(dense, small, sources, data, basis, self.ridge)
-        refit.run(context.track, kept)
+        refit.run(context.track, state)
         return after, named_parameters(compressed), refit.details
 
     def search(
@@ -127,8 +132,8 @@ class Cutter:
     ) -> tuple[Sizes, list[dict[str, Any]]]:
         """The option of the smallest loss on `judged` when refitted on `fitted`.
 
-        The loss has one valley along the widths of the stream, so it is walked down from the middle; fewer heads are
-        tried only while they help, from the best width so far.
+        The loss has one valley along the widths of the stream, so it is walked down from the middle; fewer heads, then
+        narrower ones, are tried only while they help, from the best width so far.
 
         Returns:
             the option, and every one that was tried with its loss.
@@ -146,14 +151,17 @@ class Cutter:
                 tried.append({"sizes": option, "loss": known})
             return float(known)
 
-        axis, best = head_axis(self.layout), None
-        for heads in sorted({option.get(axis, 0) for option in options}, key=lambda n: (n > 0, -n)):
-            group = [option for option in options if option.get(axis, 0) == heads]
-            middle = self._width(best) if best else self._width(group[len(group) // 2])
-            found = descend(group, loss, min(range(len(group)), key=lambda n: abs(self._width(group[n]) - middle)))
-            if best is not None and loss(found) >= loss(best):
-                break
-            best = found
+        best: Sizes | None = None
+        whole = whole_heads(self.layout, options)
+        for axis in ("", head_axis(self.layout), "head_dim"):
+            line = [option for option in options if axis in option] if axis else whole
+            for size in sorted({option.get(axis, 0) for option in line}, reverse=True):
+                group = [option for option in line if option.get(axis, 0) == size]
+                middle = self._width(best) if best else self._width(group[len(group) // 2])
+                found = descend(group, loss, min(range(len(group)), key=lambda n: abs(self._width(group[n]) - middle)))
+                if best is not None and found is not best and loss(found) >= loss(best):
+                    break
+                best = found
         assert best is not None
         return best, tried
 

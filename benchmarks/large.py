@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from tersor.compress.preflight import parse_size, size
+from tersor.compress.pretrained import quiet
 
 RECIPE = """\
 recipe: 1
@@ -46,7 +47,8 @@ def write_model(directory: Path, layers: int) -> int:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(directory, max_shard_size="500MB")
+    with quiet():
+        model.save_pretrained(directory, max_shard_size="500MB")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,7 +105,7 @@ def main() -> None:
             time.sleep(0.2)
         seconds = time.perf_counter() - began
         if process.returncode:
-            sys.exit(process.returncode)
+            sys.exit(f"tersor apply ended with {process.returncode}; peaks: {peaks}")
         journal = (root / "run" / "journal.jsonl").read_text("utf-8").splitlines()
         step = next(entry for entry in map(json.loads, journal) if entry["step"] == "1-slice")
         spent = step["details"]["seconds"]

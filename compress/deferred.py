@@ -11,6 +11,9 @@ Values are float32 wherever they are used; where they come to rest (`settle`) th
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +162,15 @@ def lent(name: str, tensor: torch.Tensor, store: Store) -> Deferred:
 def own(name: str, tensor: torch.Tensor, store: Store) -> Deferred:
     """Like `tensor`, with a cell of its own: writing to one does not change the other."""
     return Deferred(tensor.shape, Cell(lambda: _plain(tensor)), name, store)
+
+
+def trim() -> None:
+    """Hand memory that nothing holds any more back to the system, where the C library keeps it (glibc does: of a
+    block's matrices of float64, up to 32 MB each, hundreds of MB).
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,11 +57,12 @@ class Regression:
             float64 `[inp, out]`, and the constant `[out]` if one was asked for.
         """
         before = self.start(weight)
-        penalty = torch.full((len(self.gram),), ridge * float(self.gram.diagonal().mean()), dtype=torch.float64)
-        if self.intercept:
-            penalty[-1] = 0.0
-        system = self.gram + penalty.diag()
-        after = before + symmetric_solve(system, self.cross - self.gram @ before)
+        right = self.cross - self.gram @ before
+        diagonal = self.gram.diagonal()
+        sums = diagonal.clone()
+        diagonal[: len(before) - self.intercept] += ridge * float(sums.mean())  # in place: wide fits are large
+        after = before + symmetric_solve(self.gram, right)
+        diagonal.copy_(sums)
         return (after[:-1], after[-1]) if self.intercept else (after, None)
 
     def error(self, weight: torch.Tensor, constant: torch.Tensor | None = None) -> float:

@@ -30,6 +30,7 @@ from ..calibration.batches import Batch, finite
 from ..calibration.lstsq import Regression
 from ..calibration.side import Side
 from ..calibration.stages import Stage, stages
+from ..deferred import trim
 from ..layout import Layout
 from .fuse import along, by_rows, readers
 from .kept import Kept
@@ -79,6 +80,7 @@ class Refit:
             if block >= done:
                 self.block(stages(self.layout, block))
                 kept.block_done(block, self)
+                trim()
         self.head()
 
     def block(self, steps: list[Stage]) -> None:

@@ -13,10 +13,10 @@
     and in int8: stock dynamic quantisation fed as in B, ours in arrival order
 
 The stock export is torch's dynamo exporter on the unchanged transformers model, opened without SkipLayerNormFusion,
-which makes it up to a tenth faster than a default session. Ours runs in a default session. Designs are interleaved; a figure
-is the median over repeats, a ratio the median of ratios within a repeat. The GEMM bound is the model's matrix products
-alone on 1024 lines. `--uniform` asks another question: batches of one length, where nothing is padded, of our file
-against the stock export, both in default sessions.
+which makes it up to a tenth faster than a default session. Ours runs in a default session. Designs are interleaved; a
+figure is the median over repeats, a ratio the median of ratios within a repeat. The GEMM bound is the model's matrix
+products alone on 1024 lines. `--uniform` asks another question: batches of one length, where nothing is padded, of our
+file against the stock export, both in default sessions, and against the stock export without the fusion.
 
 A run may be split: --sets, --designs, --threads and --model choose, --folder keeps the exported files, and --json
 gathers the figures of all runs, from which --table and --plot draw.

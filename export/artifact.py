@@ -78,6 +78,11 @@ class Artifact:
         return bool(self.manifest["packing"] != "padded")
 
     @property
+    def trees(self) -> bool:
+        """Whether a segment may go on from another, so that answers share their context."""
+        return bool(self.manifest.get("trees"))
+
+    @property
     def static(self) -> tuple[int, int] | None:
         """Rows and width of every call, or None where shapes are free."""
         fixed = self.manifest.get("static")

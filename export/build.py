@@ -47,11 +47,11 @@ def build(
     routed = fill(checkpoint, model, form, precision, static is not None)
     behind = head(module, base, layout.sizes["hidden"], opset) if classes else None
     clock = Clock(layout.arch.positions_count, layout.first_position)
-    stitch(model, pooling, clock, inputs, behind)
+    trees = stitch(model, pooling, clock, inputs, behind)
     if static is not None:
         fix(model, static)
     removed = {} if routed else {"zeros": zeros.shrink(model)}
-    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), **routed, **removed}
+    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), "trees": trees, **routed, **removed}
 
 
 def fill(

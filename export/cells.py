@@ -40,7 +40,7 @@ class Cells(Front):
         cells = ops.range(ops("Shape", ops.reshape(mask, -1)))
         self.ids_at = ops("Add", cells, ops.reshape(poison, -1))
 
-    def fold(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
+    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
         """See `Front`."""
         return [ops("Reshape", x, ops("Concat", self._shape, ops.constant([-1]), axis=0))]
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import Output, output_of
+from tersor.compress.evaluate.tree import Tree, trees
 from tersor.compress.packing import pack
 from tersor.compress.tokens import Input, Tokens
 
@@ -101,12 +102,18 @@ class Client:
     def ask(self, sequences: Sequence[Input], output: str) -> list[np.ndarray]:
         """Like calling the client, for the output of this name (`last_hidden_state`: `[n_i, hidden]`)."""
         tokens = [checked(s, self.artifact, f"sequence {number}") for number, s in enumerate(sequences)]
-        answers: list[np.ndarray | None] = [None] * len(tokens)
-        for rows in self.plan(list(map(len, tokens))):
+        if self.artifact.trees:
+            shared = trees([one.ids for one in tokens])
+            answers = zip(shared, self._each(shared, output), strict=True)
+            return [one for tree, answer in answers for one in tree.split(answer)]
+        return self._each(tokens, output)
+
+    def _each(self, items: Sequence[Tokens | Tree], output: str) -> list[np.ndarray]:
+        answers: dict[int, np.ndarray] = {}
+        for rows in self.plan(list(map(len, items))):
             flat = [number for row in rows for number in row]
-            for number, answer in zip(flat, self.run(rows, tokens, [output])[output], strict=True):
-                answers[number] = answer
-        return [a for a in answers if a is not None]
+            answers.update(zip(flat, self.run(rows, items, [output])[output], strict=True))
+        return [answers[number] for number in range(len(items))]
 
     def rows(self, ids: np.ndarray, segments: np.ndarray, types: np.ndarray | None = None) -> list[np.ndarray]:
         """Answer rows that the caller packed: one answer a segment, row by row.
@@ -179,7 +186,7 @@ class Client:
             yield [call] if self.artifact.packed else [[n] for n in call]
 
     def feed(
-        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input]
+        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input | Tree]
     ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int, int]]]:
         """Inputs of one call, and where each sequence lies: (row, place in the row, start, end)."""
         height, width = self.artifact.static or (
@@ -189,20 +196,24 @@ class Client:
         ids, segments, types = (np.zeros((height, width), np.int64) for _ in range(3))
         spans = []
         for r, row in enumerate(rows):
-            start = 0
+            start, last = 0, 0
             for k, number in enumerate(row):
-                one = Tokens.of(sequences[number])
+                one = sequences[number]
                 end = start + len(one)
-                ids[r, start:end], segments[r, start:end] = one.ids, k + 1
-                if one.types is not None:
-                    types[r, start:end] = one.types
+                if isinstance(one, Tree):
+                    ids[r, start:end], segments[r, start:end] = one.ids, one.numbers(last + 1)
+                else:
+                    tokens = Tokens.of(one)
+                    ids[r, start:end], segments[r, start:end] = tokens.ids, last + 1
+                    types[r, start:end] = 0 if tokens.types is None else tokens.types
+                last = abs(int(segments[r, end - 1]))
                 spans.append((r, k, start, end))
                 start = end
         made = {"input_ids": ids, "attention_mask": segments, "token_type_ids": types}
         return {name: made[name] for name in self.artifact.inputs}, spans
 
     def run(
-        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input], outputs: Sequence[str] | None = None
+        self, rows: Sequence[Sequence[int]], sequences: Sequence[Input | Tree], outputs: Sequence[str] | None = None
     ) -> dict[str, list[np.ndarray]]:
         """`rows` of sequence numbers, `sequences` by number. Answers by output name, in the rows' order."""
         names = list(outputs or self.outputs)

@@ -3,10 +3,13 @@
 Interface: `input_ids`, `attention_mask` (and `token_type_ids` where the architecture has them), int64
 `[batch, sequence]`. In `attention_mask` 0 is padding and k ≥ 1 the number of the segment in its row (Krell et al.,
 2107.02027), so a plain 0/1 mask is the ordinary case. Numbers must rise along a row; where they fall, the first
-Gather gets an index that no row has and the call fails, rather than answer for segments that lie in pieces.
+Gather gets an index that no row has and the call fails, rather than answer for segments that lie in pieces. Where every
+block looks at all that came before, −k is allowed too: a segment that goes on from the last positive one before it in
+its row, so that several answers share one context (compress/evaluate/tree.py).
 
     position(i)   = clock(i)                         in segment 1
                     clock(i) − clock(first of k)     in segment k ≥ 2
+                    the same + what comes next in the segment that it goes on from, in segment −k
 
 The clock is what the stock model counts under a plain mask: columns, tokens that the mask shows (OPT), or ids that
 are not the padding id (RoBERTa); the architecture says which. Left padding and holes are therefore stock-exact
@@ -52,8 +55,8 @@ class Front(ABC):
     positions: ir.Value
 
     @abstractmethod
-    def fold(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
-        """`[N, n]` as batches `[sequences, length, n]` inside which attention happens."""
+    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
+        """`[N, n]` as batches `[sequences, length, n]` inside which attention happens, of queries or of keys."""
 
     @abstractmethod
     def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
@@ -91,7 +94,7 @@ def time_of(
         time = ops("Expand", ops.range(ops.size(mask, 1)), shape)
         return time, time, None
     if clock.counts == "mask":
-        runs = ops("Cast", ops("Greater", mask, ops.constant(0)), to=ir.DataType.INT64)
+        runs = ops("Cast", ops("Not", ops("Equal", mask, ops.constant(0))), to=ir.DataType.INT64)
     else:
         runs = ops("Cast", ops("Not", ops("Equal", ids, ops.constant(clock.first - 1))), to=ir.DataType.INT64)
     count = ops("CumSum", runs, ops.constant(1))

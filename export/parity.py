@@ -33,6 +33,8 @@ LENGTHS = (1, 2, 3, 17, 40, 71)
 LONGEST = 160
 """Real samples are cut here: float64 attention on long rows buys no further certainty."""
 REAL = 6
+CONTEXT, ANSWERS = 23, (7, 3, 11)
+"""Lengths of a context and the answers that share it."""
 COSINE = 0.8
 """Mean cosine under which a small file is taken for broken rather than coarse."""
 DRIFT = 0.01
@@ -135,8 +137,23 @@ def distance(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
 
 
 def sample(artifact: Artifact, samples: Sequence[Input]) -> list[Tokens]:
-    """The sequences on which an artifact is judged."""
-    return sequences(samples, artifact.vocab, artifact.max_length or LONGEST, artifact.token_types)
+    """The sequences on which an artifact is judged; if it knows trees, three at the end share a context."""
+    longest = artifact.max_length or LONGEST
+    found = sequences(samples, artifact.vocab, longest, artifact.token_types)
+    if not artifact.trees:
+        return found
+    draw = np.random.default_rng(2)
+    context = draw.integers(0, artifact.vocab, max(1, min(CONTEXT, longest - max(ANSWERS))))
+    answers = (draw.integers(0, artifact.vocab, n) for n in ANSWERS)
+    return [*found, *(Tokens(np.concatenate([context, answer])[:longest]) for answer in answers)]
+
+
+def calls(client: Client, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], dict[str, list[np.ndarray]]]]:
+    """Numbers of sequences with the graph's answers by output, arrangement by arrangement."""
+    for rows in arrangements(list(map(len, tokens)), client):
+        yield [i for row in rows for i in row], client.run(rows, tokens)
+    if client.artifact.trees:
+        yield list(range(len(tokens))), {name: client.ask(tokens, name) for name in client.outputs}
 
 
 def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) -> list[np.ndarray]:
@@ -148,11 +165,11 @@ def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[Input]) ->
     """Figures by output name."""
     ids = sample(client.artifact, samples)
     exact, single = (reference(checkpoint, ids, d) for d in (torch.float64, torch.float32))
-    calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
+    done = list(calls(client, ids))
     found = {}
-    for name in calls[0][1]:
+    for name in client.outputs:
         want, plain = (by_output(name, v, client.artifact.pooling) for v in (exact, single))
-        errors = [distance(got[name], [want[i] for row in rows for i in row]) for rows, got in calls]
+        errors = [distance(got[name], [want[i] for i in numbers]) for numbers, got in done]
         found[name] = Figures.of(errors, distance(plain, want), _scale(want, by_norm=name != "logits"), len(ids))
     return found
 
@@ -182,19 +199,13 @@ def hold_small(
     """
     ids = sample(client.artifact, samples)
     exact = reference(checkpoint, ids, torch.float64)
-    calls = [(rows, client.run(rows, ids)) for rows in arrangements([len(i) for i in ids], client)]
+    done = list(calls(client, ids))
     alone = client.run([[i] for i in range(len(ids))], ids)
     found = {}
     for name in alone:
         want = by_output(name, exact, client.artifact.pooling)
-        order = [[i for row in rows for i in row] for rows, _ in calls]
-        cosine = np.concatenate(
-            [_cosines(got[name], [want[i] for i in o]) for o, (_, got) in zip(order, calls, strict=True)]
-        )
-        drift = max(
-            distance(got[name], [alone[name][i] for i in o])
-            for o, (_, got) in zip(order, calls, strict=True)
-        )
+        cosine = np.concatenate([_cosines(got[name], [want[i] for i in numbers]) for numbers, got in done])
+        drift = max(distance(got[name], [alone[name][i] for i in numbers]) for numbers, got in done)
         scale = _scale(want, by_norm=name != "logits")
         found[name] = {
             "rule": f"mean cosine to fp64 >= {COSINE}" + f", packed against alone <= {DRIFT} scale" * apart,

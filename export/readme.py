@@ -49,6 +49,8 @@ ordinary case, and several sequences may lie side by side in one row without see
 
 PADDED = "`attention_mask` is 1 at tokens and 0 at padding."
 
+TREES = """ A segment −k goes on from the last positive one before it in its row, also behind others that do:
+several answers share one context, computed once, without seeing each other."""
 TYPES = " `token_type_ids` is 0, and 1 at the second of two texts in one sequence."
 
 PACKED_CODE = """import numpy as np, onnxruntime
@@ -185,6 +187,7 @@ def write(directory: Path, facts: Mapping[str, Any]) -> None:
         order = f"`{last}[r, k - 1]` belongs to segment k of row r."
     padded = facts["packing"] == "padded"
     interface = PADDED if padded else PACKED.format(per_sequence=order if each else "").strip()
+    interface += TREES * bool(facts.get("trees"))
     interface += TYPES * any(i["name"] == "token_type_ids" for i in facts["inputs"])
     text = README.format(
         title=f"{facts['model_type']} as ONNX, {facts['packing']} input",

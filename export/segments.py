@@ -6,6 +6,7 @@
     attention               segments in length classes (≤ 32, ≤ 64, …), gathered to [S_c, longest_c, hidden] and
                             back by one index
     pooling                 by segment
+    answers of a tree       one class more: queries of the answer, keys of the context and the answer
 
 The work is that of the tokens there are, in any arrangement. An empty class holds one token, since Attention
 refuses an empty batch. ONNX Runtime fuses Add + LayerNormalization into SkipLayerNormalization, which is slow on
@@ -38,6 +39,7 @@ class Segments(Front):
         clock: see `Clock`.
         key_lengths: whether Attention takes lengths of keys (opset 24): 5 to 12 % faster than a mask made of them.
         bounds: of the length classes, rising; one more takes the rest.
+        trees: whether negative numbers are segments that go on from the last positive one.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Segments(Front):
         clock: Clock,
         key_lengths: bool = True,
         bounds: tuple[int, ...] = CLASSES,
+        trees: bool = False,
     ):
-        self._mask, self._key_lengths = mask, key_lengths
+        self._mask, self._key_lengths, self._trees = mask, key_lengths, trees
         self._masks: dict[tuple[int, bool, int], ir.Value] = {}
         width, flat = ops.size(mask, 1), ops.reshape(mask, -1)
         self._index = ops.nonzero(flat)
-        number = ops("Gather", flat, self._index)
+        signed = ops("Gather", flat, self._index)
+        number = ops("Abs", signed) if trees else signed
         row = ops("Div", self._index, width)
         key = ops("Add", ops("Mul", row, ops.constant([ROW])), number)
         before = ops("Concat", ops.constant([-1]), ops.slice(key, 0, -1), axis=0)
@@ -61,45 +65,84 @@ class Segments(Front):
         self._segment, self._starts = ops.count(new), ops.nonzero(new)
         total = ops.size(self._index)
         self._lengths = ops("Sub", ops("Concat", ops.slice(self._starts, 1), total, axis=0), self._starts)
-        self.ids_at = ops("Where", ops("Less", key, before), ops.constant([POISON]), self._index)
+        wrong = ops("Less", key, before)
+        if trees:
+            wrong = ops("Or", wrong, self._root(ops, ops("Less", signed, ops.constant([0])), row))
+        self.ids_at = ops("Where", wrong, ops.constant([POISON]), self._index)
         time, origin, runs = time_of(ops, mask, ids, clock)
         ticks = ops("Gather", ops.reshape(time, -1), self._index)
         origins = ops("Gather", ops.reshape(origin, -1), self._index)
         first = ops("Gather", ops("Gather", origins, self._starts), self._segment)
         later = ops("Greater", number, ops.constant([1]))
         position = ops("Sub", ticks, ops("Where", later, first, ops.constant([0])))
+        if trees:
+            position = self._continued(ops, position)
         if runs is not None:
             runs = ops("Gather", ops.reshape(runs, -1), self._index)
         self.positions = positions_from(ops, position, runs, clock)
         self._classify(ops, total, bounds)
 
+    def _root(self, ops: Ops, branch: ir.Value, row: ir.Value) -> ir.Value:
+        """Find the segment that each goes on from, itself for a positive one; bool `[T]`, where there is none."""
+        self._branch = ops("Gather", branch, self._starts)
+        positive = ops("Not", self._branch)
+        rank = ops("Max", ops.count(positive), ops.constant([0]))
+        self._roots = ops("Gather", ops.nonzero(positive), rank)
+        rows = ops("Gather", row, self._starts)
+        elsewhere = ops("Not", ops("Equal", ops("Gather", rows, self._roots), rows))
+        behind = ops("Greater", self._roots, ops.range(ops.size(self._starts)))
+        return ops("Gather", ops("Or", elsewhere, behind), self._segment)
+
+    def _continued(self, ops: Ops, position: ir.Value) -> ir.Value:
+        """Positions that go on where the root of a segment ends."""
+        ends = ops("Sub", ops("Add", self._starts, self._lengths), ops.constant([1]))
+        following = ops("Add", ops("Gather", position, ops("Gather", ends, self._roots)), ops.constant([1]))
+        shift = ops("Where", self._branch, following, ops.constant([0]))
+        return ops("Add", position, ops("Gather", shift, self._segment))
+
     def _classify(self, ops: Ops, total: ir.Value, bounds: tuple[int, ...]) -> None:
-        last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds, 1 << 40]
+        self._last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds, 1 << 40]
         self._views: list[tuple[ir.Value, ir.Value]] = []
-        base, places = ops.constant([0]), None
+        self._base, self._places = ops.constant([0]), ops.constant([0])
         for low, high in pairwise(edges):
             over = ops("Greater", self._lengths, ops.constant([low]))
             member = ops("And", over, ops("LessOrEqual", self._lengths, ops.constant([high])))
-            chosen = ops.nonzero(member)
-            empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
-            filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
-            first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
-            their = ops(
-                "Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0
-            )
-            longest = ops("ReduceMax", their, keepdims=1)
-            view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), last)
-            self._views.append((view, their))
-            place = ops("Add", base, ops("Mul", ops.count(member), longest))
-            places = place if places is None else ops("Where", member, place, places)
-            base = ops("Add", base, ops("Mul", ops.size(their), longest))
-        assert places is not None
+            if self._trees:
+                member = ops("And", member, ops("Not", self._branch))
+            self._enter(ops, member)
+        if self._trees:
+            chosen, filler = self._enter(ops, self._branch)
+            roots = ops("Gather", self._roots, chosen)
+            first = ops("Concat", ops("Gather", self._starts, roots), filler, axis=0)
+            self._context = ops("Concat", ops("Gather", self._lengths, roots), filler, axis=0)
+            self._longest = ops("ReduceMax", self._context, keepdims=1)
+            context = ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(self._longest), 0))
+            own = self._views[-1][0]
+            self._keys = ops("Concat", ops("Min", context, self._last), own, axis=1)
         offset = ops("Sub", ops.range(total), ops("Gather", self._starts, self._segment))
-        self._back = ops("Add", ops("Gather", places, self._segment), offset)
+        self._back = ops("Add", ops("Gather", self._places, self._segment), offset)
 
-    def fold(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
+    def _enter(self, ops: Ops, member: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A class of the segments of which `member` `[S]` is true; their numbers, and what fills an empty class."""
+        chosen = ops.nonzero(member)
+        empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
+        filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
+        first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
+        their = ops("Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0)
+        longest = ops("ReduceMax", their, keepdims=1)
+        view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), self._last)
+        self._views.append((view, their))
+        place = ops("Add", self._base, ops("Mul", ops.count(member), longest))
+        self._places = ops("Where", member, place, self._places)
+        self._base = ops("Add", self._base, ops("Mul", ops.size(their), longest))
+        return chosen, filler
+
+    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
         """See `Front`; behind the end of a sequence lie other sequences' lines."""
-        return [ops("Gather", x, view) for view, _ in self._views]
+        views = [view for view, _ in self._views]
+        if keys and self._trees:
+            views[-1] = self._keys
+        return [ops("Gather", x, view) for view in views]
 
     def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
         """See `Front`."""
@@ -112,7 +155,8 @@ class Segments(Front):
 
     def mask(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
         """See `Front`; a window is a distance of positions, which differs from one of lines where there are holes."""
-        if not window and (causal or self._key_lengths):
+        branches = self._trees and part == len(self._views) - 1
+        if not window and not branches and (causal or self._key_lengths):
             return None
         key = (part, causal, window)
         if key in self._masks:
@@ -125,6 +169,8 @@ class Segments(Front):
             own = ops("Less", ops.unsqueeze(columns, 0), ops.unsqueeze(lengths, 1))
             square = ops("Concat", ops("Shape", view), ops.size(view, 1), axis=0)
             seen = ops("Expand", ops.unsqueeze(own, 1), square)
+        if branches:
+            seen = self._with_context(ops, view, seen)
         if window:
             at = ops("Gather", self.positions, view)
             distance = ops("Sub", ops.unsqueeze(at, 2), ops.unsqueeze(at, 1))
@@ -132,6 +178,15 @@ class Segments(Front):
             seen = ops("And", seen, near)
         self._masks[key] = ops.unsqueeze(seen, 1)
         return self._masks[key]
+
+    def _with_context(self, ops: Ops, view: ir.Value, seen: ir.Value) -> ir.Value:
+        """Who sees whom among answers `[q, q]`, and the context before: `[sequences, q, context + q]`."""
+        rows = ops("Shape", view)
+        own = ops("Expand", seen, ops("Concat", rows, ops.size(view, 1), axis=0))
+        columns = ops.range(self._longest)
+        theirs = ops("Less", ops.unsqueeze(columns, 0), ops.unsqueeze(self._context, 1))
+        context = ops("Expand", ops.unsqueeze(theirs, 1), ops("Concat", rows, self._longest, axis=0))
+        return ops("Concat", context, own, axis=2)
 
     def grid(self, ops: Ops, lines: ir.Value, width: int) -> ir.Value:
         """See `Front`."""

@@ -24,8 +24,9 @@ PLAIN = frozenset(
 
 def stitch(
     core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str, head: ir.Model | None = None
-) -> None:
-    """Make the stock interface around a core, in place.
+) -> bool:
+    """Make the stock interface around a core, in place; whether it knows trees: packed rows of a model whose every
+    block looks at all that came before.
 
     Args:
         core: from `core.core`.
@@ -37,7 +38,9 @@ def stitch(
     graph, ops = core.graph, Ops("front")
     names = ["input_ids", "attention_mask", *(v.name for v in graph.inputs if v.name == "token_type_ids")]
     values = {n: _input(n) for n in names if n is not None}
-    front = _front(ops, values, clock, inputs, opset=graph.opset_imports[""])
+    everything = all(n.attributes["causal"].value and not n.attributes["window"].value for n in attentions(graph))
+    trees = inputs == "packed" and everything
+    front = _front(ops, values, clock, inputs, graph.opset_imports[""], trees)
     flat = is_plain(graph)
     for value in list(graph.inputs):
         source = front.positions
@@ -56,16 +59,17 @@ def stitch(
     graph.inputs.extend(values.values())
     graph.opset_imports.pop(DOMAIN, None)
     RemoveUnusedNodesPass()(core)
+    return trees
 
 
-def _front(ops: Ops, values: dict[str, ir.Value], clock: Clock, inputs: str, opset: int) -> Front:
+def _front(ops: Ops, values: dict[str, ir.Value], clock: Clock, inputs: str, opset: int, trees: bool) -> Front:
     mask, ids = values["attention_mask"], values["input_ids"]
     if inputs == "padded":
         shown = ops("Not", ops("Equal", mask, ops.constant(0)))
         mask = ops("Cast", shown, to=ir.DataType.INT64)
     if inputs == "packed-static":
         return Cells(ops, mask, ids, clock)
-    return Segments(ops, mask, ids, clock, key_lengths=opset >= 24)
+    return Segments(ops, mask, ids, clock, key_lengths=opset >= 24, trees=trees)
 
 
 def _input(name: str) -> ir.Value:
@@ -129,8 +133,8 @@ def fill(graph: ir.Graph, node: ir.Node, front: Front, ops: Ops, flat: bool) -> 
     heads, kv_heads = int(read["heads"]), int(read["kv_heads"])
     sizes = (heads * read["size"], kv_heads * read["size"], kv_heads * read["value_size"])
     folded = [
-        front.fold(ops, lines(ops, x, n, size))
-        for x, n, size in zip(node.inputs, (heads, kv_heads, kv_heads), sizes, strict=True)
+        front.fold(ops, lines(ops, x, n, size), keys)
+        for x, n, size, keys in zip(node.inputs, (heads, kv_heads, kv_heads), sizes, (False, True, True), strict=True)
         if x is not None
     ]
     if read["softcap"]:

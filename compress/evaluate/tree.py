@@ -46,6 +46,13 @@ class Tree:
         each = (np.arange(self.shared, len(s)) for s in self.sequences)
         return np.concatenate([np.arange(self.shared), *each])
 
+    def numbers(self, first: int) -> np.ndarray:
+        """Segment numbers for an artifact that knows trees, int64 `[len]`: `first` at the context, and the negative of
+        the next ones at the answers, which go on from the last positive segment.
+        """
+        answers = [np.full(len(s) - self.shared, -first - 1 - n) for n, s in enumerate(self.sequences)]
+        return np.concatenate([np.full(self.shared, first), *answers])
+
     @property
     def mask(self) -> np.ndarray:
         """Who sees whom, bool `[len, len]`."""

@@ -23,7 +23,10 @@ from tersor.compress.progress import Progress
 from tersor.compress.rundir import hash_tree
 from tersor.compress.train import options as train_options
 from tersor.compress.train.generated import continued
+from tersor.compress.train.learning import rows
+from tersor.compress.train.losses import IGNORED
 from tersor.compress.train.promises import Held, held
+from tersor.compress.train.redrawn import redrawn
 
 QUICK = {"steps": 20, "batch": 8, "learning_rate": 3e-3}
 
@@ -235,7 +238,7 @@ passes:
   - use: slice
     with: {{remove: 0.2, split: 0.5}}
   - use: recover
-    with: {{steps: 12, batch: 4, save_every: 3, average: 2, learning_rate: 0.003}}
+    with: {{steps: 12, batch: 4, save_every: 3, average: 2, learning_rate: 0.003, redrawn: 0.5}}
 """
 
 
@@ -302,6 +305,35 @@ def test_sequences_that_the_original_goes_on_with(tiny, tmp_path):
     assert details["rows"] >= 4
     with pytest.raises(RecipeError, match="only language models"):
         Recover(continued=1).requires(tiny("bert").layout)
+
+
+def test_words_that_the_original_might_have_said_come_anew_in_each_round(tiny):
+    original = tiny("llama")
+    model, given = copy.deepcopy(original.model()), sequences(original)
+    data = rows(model, original.layout, given, 64)
+    varied = redrawn(model, data, 0.5, seed=1)
+    first, again, second = ([rows_.at(n, r) for n in range(len(data))] for rows_, r in (
+        (varied, 0), (redrawn(model, data, 0.5, seed=1), 0), (varied, 1)))  # fmt: skip
+    assert all(np.array_equal(a[key], b[key]) for a, b in zip(first, again, strict=True) for key in a)
+    changed = total = 0
+    for row, kept, other, later in zip(first, data.items, varied.others, second, strict=True):
+        differs, asked = row["input_ids"] != kept["input_ids"], kept["targets"] != IGNORED
+        starts = np.diff(kept["segments"], prepend=0) != 0
+        assert not differs[starts | (kept["segments"] == 0)].any(), "nothing is said before a sequence begins"
+        assert (other == row["input_ids"]).any(0)[differs].all()
+        assert not np.array_equal(row["input_ids"], later["input_ids"])
+        assert np.array_equal(row["targets"][asked], np.roll(row["input_ids"], -1)[asked])
+        assert np.array_equal(row["targets"] == IGNORED, ~asked)
+        changed, total = changed + differs.sum(), total + asked.sum()
+    assert 0.4 < changed / total <= 0.5
+    drawn = [ids[segments == n] for row in first for ids, segments in [(row["input_ids"], row["segments"])]
+             for n in range(1, segments.max() + 1)]  # fmt: skip
+    generator = np.random.default_rng(2)
+    noise = [np.where(generator.random(len(s)) < changed / total, generator.integers(5, 96, len(s)), s) for s in given]
+    assert likelihood(model, drawn) < likelihood(model, noise) - 0.05, "likelier than words at random"
+    for options, message in (({"distill": 0.5}, "distill: 1"), ({}, "only language models")):
+        with pytest.raises(RecipeError, match=message):
+            Recover(redrawn=0.5, **options).requires((original if options else tiny("bert")).layout)
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ class Learning(Training):
         hidden: β, the weight of the hidden states' error; only where no pass has changed their width or number.
         continued: so many sequences are drawn from the original, each going on from a piece of the calibration text,
             and learned from beside it: a small text alone is soon known by heart.
+        redrawn: share of the text's tokens that are, anew in each round through the text, others that the original
+            drew for their places. As good against that as `continued`, and nearly free.
         width: tokens of a row, at least those of the longest calibration sequence.
     """
 
@@ -57,6 +59,7 @@ class Learning(Training):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     hidden: Annotated[float, Field(ge=0)] = 0.0
     continued: Annotated[int, Field(ge=0)] = 0
+    redrawn: Annotated[float, Field(ge=0, lt=1)] = 0.0
     width: Annotated[int, Field(gt=1)] | None = None
 
     def forecast(self, name: str, layout: Layout, trained: int, notes: Iterable[str]) -> Forecast:
@@ -71,6 +74,10 @@ class Learning(Training):
             raise RecipeError("distill", f"{self.distill:g} for {layout.task}", "1, since the data brings no labels")
         if self.continued and layout.task != "text-generation":
             raise RecipeError("continued", f"{self.continued} for {layout.task}", "0: only language models go on")
+        if self.redrawn and layout.task != "text-generation":
+            raise RecipeError("redrawn", f"{self.redrawn:g} for {layout.task}", "0: only language models draw words")
+        if self.redrawn and self.distill < 1:
+            raise RecipeError("redrawn", f"{self.redrawn:g} with distill {self.distill:g}", "0, or distill: 1")
         state = 12 * trained * (max(2, self.average) + 1)
         return Forecast(layout, self.memory(layout, trained), tuple(notes), disk=state)
 
@@ -96,7 +103,7 @@ class Learning(Training):
 
         if not text:
             raise PreflightError(name, "no calibration data", "text to train on")
-        if context.original is None and (self.distill or self.hidden or self.continued):
+        if context.original is None and (self.distill or self.hidden or self.continued or self.redrawn):
             raise PreflightError(name, "no original", "the checkpoint that the run started from", "Or distill: 0.")
         layout, keeps = checkpoint.layout, held(checkpoint)
         teacher = context.original.model() if context.original is not None else None
@@ -110,6 +117,11 @@ class Learning(Training):
             text = [*text, *drawn]
         model: nn.Module = copy.deepcopy(checkpoint.model()).requires_grad_(True)
         data = rows(model, layout, text, self.width)
+        if self.redrawn:
+            from .redrawn import redrawn
+
+            assert teacher is not None
+            data = redrawn(teacher, data, self.redrawn, context.seed, context.track)
         keeps.hold(model)
         objective: Objective = LanguageModel()
         if teacher is not None and (self.distill or self.hidden):

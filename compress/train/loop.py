@@ -194,7 +194,7 @@ class Order(Dataset):
         number, place = divmod(index, len(self.data))
         if self._round[0] != number:
             self._round = (number, np.random.default_rng((self.seed, number)).permutation(len(self.data)))
-        return self.data[int(self._round[1][place])]
+        return self.data.at(int(self._round[1][place]), number)
 
 
 class Loop(Trainer):

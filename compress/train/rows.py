@@ -53,6 +53,10 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
 
+    def at(self, index: int, number: int) -> dict[str, Any]:
+        """Row `index` as round `number` through the rows reads it."""
+        return self[index]
+
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of one width as a batch: the model's arguments and `targets`."""
         batch = {name: torch.as_tensor(np.stack([row[name] for row in rows])) for name in rows[0]}

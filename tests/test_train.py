@@ -19,11 +19,22 @@ from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
-from tersor.compress.train import Classification, Distillation, LanguageModel, Training, fsdp2, images, text, train
+from tersor.compress.train import (
+    Classification,
+    Distillation,
+    LanguageModel,
+    Training,
+    fsdp2,
+    images,
+    loop,
+    text,
+    train,
+)
 from tersor.compress.train import state as disk
 from tersor.compress.train.loop import SMALL, groups
 from tersor.compress.train.losses import IGNORED, answers, divergence
 from tersor.compress.train.memory import checkpoint_activations
+from tersor.compress.train.options import multiplies_bfloat16
 from tersor.compress.train.rows import Rows, chosen
 
 TEXT = ("bert", "distilbert", "gemma2", "gpt2", "llama", "mistral", "modernbert", "opt", "phi", "qwen3", "roberta")
@@ -414,3 +425,13 @@ def test_a_matrix_far_smaller_than_its_peers_moves_in_proportion(tiny):
             assert 0 < float((model.get_parameter(router).detach() - start).norm() / start.norm()) < 0.2
     assert 0 < shares[0] < SMALL
     assert shares[1] == 1.0
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_multiplies_in_bfloat16_where_the_machine_does(able, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda: able)
+    found = {
+        p: loop.arguments_of(Training(precision=p), tmp_path, 0, False).bf16 for p in ("float32", "auto", "bfloat16")
+    }
+    assert found == {"float32": False, "auto": able, "bfloat16": True}
+    assert isinstance(multiplies_bfloat16(), bool)

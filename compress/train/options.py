@@ -31,7 +31,7 @@ class Training:
         clip: largest norm of the gradient; 0 leaves it as it is.
         optimizer: AdamW with betas 0.9 and 0.95, or SGD with momentum 0.9.
         precision: of the arithmetic; weights and optimizer state are float32. `bfloat16` (autocast) pays on GPUs
-            and on cores with AMX or AVX512-BF16.
+            and on cores with AMX or AVX512-BF16, and is several times slower on others: `auto` asks the machine.
         activation_checkpointing: what backward computes again instead of keeping it: `none`; `selective`, all but
             the results of matrix products and attention; `full`, all but the input of each block.
         save_every: steps between checkpoints, from which a killed training continues.
@@ -47,7 +47,7 @@ class Training:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     save_every: Count = 50
     average: Count = 1
@@ -63,6 +63,16 @@ def needs_extra(place: str) -> None:
     if missing:
         found = f"no {' and no '.join(missing)}"
         raise PreflightError(place, found, "the extra `train`", "pip install 'tersor[train]'")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware: the GPU if there is one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older ones than torch 2.10 cannot tell
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def fsdp2() -> Path:

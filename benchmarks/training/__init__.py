@@ -1,0 +1,1 @@
+"""What benchmarks/swat.py measures: blocks, tasks, and methods held against each other."""

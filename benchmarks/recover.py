@@ -25,13 +25,14 @@ from tersor.compress.pretrained import locate
 from tersor.compress.reading import Reader
 
 VARIANTS = {
-    "the calibration text alone": {"continued": 0},
-    "half the likelihood of the text": {"distill": 0.5},
-    "the likelihood alone": {"distill": 0.0},
+    "the calibration text as it is": {"redrawn": 0.0},
+    "the calibration text and 384 sequences that the original goes on with": {"redrawn": 0.0, "continued": 384},
+    "half the likelihood of the text": {"redrawn": 0.0, "distill": 0.5},
+    "the likelihood alone": {"redrawn": 0.0, "distill": 0.0},
     "temperature 2": {"temperature": 2.0},
     "average of the last 4 checkpoints": {"average": 4},
     "LoRA of rank 16": {"lora": 16, "learning_rate": 5e-3},
-    "bfloat16 arithmetic": {"precision": "bfloat16"},
+    "float32 arithmetic": {"precision": "float32"},
 }
 
 

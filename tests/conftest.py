@@ -7,8 +7,10 @@ are neither 0 nor 1), so that a wrong gain, a lost bias or a permuted head shows
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,26 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return save
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    """`small_recipe(steps, model=None) -> Path`: a recipe of these passes for a tiny Llama; source code is its text."""
+
+    def write(steps: str, model: Path | None = None) -> Path:
+        text, path = tmp_path / "text.txt", tmp_path / "small.yaml"
+        text.write_text(inspect.getsource(textwrap) + inspect.getsource(inspect)[:20000], "utf-8")
+        data = f"""
+recipe: 1
+model: {model or save_tiny("llama")}
+data:
+  calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
+  heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
+"""
+        path.write_text(data + steps, "utf-8")
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,7 @@ from tersor.compress.errors import GateMissed, PreflightError, RecipeError
 from tersor.compress.rundir import RunDirectory, hash_tree
 from tersor.compress.verify import verify
 
-RECIPE = """
-recipe: 1
-model: {model}
-data:
-  calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
-  heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
+STEPS = """
 passes:
   - use: slice
     with: {{remove: 0.15, split: 0.5}}
@@ -34,19 +29,9 @@ export:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """Real source code: this machine's own textwrap and inspect modules."""
-    path = tmp_path / "text.txt"
-    path.write_text(inspect.getsource(textwrap) + inspect.getsource(inspect)[:20000], "utf-8")
-    return path
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, save_tiny: Callable[..., Path], text: Path) -> Callable[..., Path]:
+def recipe(small_recipe: Callable[..., Path]) -> Callable[..., Path]:
     def write(model: Path | None = None, gate: float = 0.0) -> Path:
-        path = tmp_path / "small.yaml"
-        path.write_text(RECIPE.format(model=model or save_tiny("llama"), text=text, gate=gate), "utf-8")
-        return path
+        return small_recipe(STEPS.format(gate=gate), model)
 
     return write
 

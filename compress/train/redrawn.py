@@ -5,7 +5,7 @@ the text may vary: each token is replaced, with the same probability, by one tha
 while it read the text as it is. That costs one pass of the original over the text, where sequences that it goes on
 with (generated.py) cost one a token. Known relatives corrupt text at random (BERT's masking, token dropout) and ask for
 the token that was there; here the places hold likely words and what is learned is the original's answer to what stands
-there. Measured: docs/training.md.
+there. Measured: benchmarks/recover.py --compare.
 
 What stands in a row follows from the seed, the row and the round, so that a resumed training reads what an
 uninterrupted one does.

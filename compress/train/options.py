@@ -71,7 +71,7 @@ def multiplies_bfloat16() -> bool:
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older ones than torch 2.10 cannot tell
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones than torch 2.10 cannot tell
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 

@@ -143,7 +143,7 @@ data:
   calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
   heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
 """
-        path.write_text(data + steps, "utf-8")
+        path.write_text(data + steps.lstrip(), "utf-8")
         return path
 
     return write

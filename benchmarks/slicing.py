@@ -1,218 +1,250 @@
-"""Perplexity against real parameters: slice beside SliceGPT's algorithm and beside its own parts.
+"""Perplexity, cost and speed against real parameters: slice beside SliceGPT, MoDeGPT and its own parts.
 
-    python benchmarks/slicing.py CHECKPOINT TEXT [--remove 0.1 0.2 0.3] [--plot FILE.png]
+    python benchmarks/slicing.py CHECKPOINT TEXT [HELDOUT] [--remove 0.1 0.2 0.3] [--methods …] [--latency] [--rows F]
+    python benchmarks/slicing.py --rows F --plot FILE.svg
 
-Protocol: the text in windows of 256 tokens; of the first 60 % the first 128 calibrate, of the rest the first
-96 are scored (weights as stored, computed in float32). Every row at the same real parameters: `remove` counts
-the model as it is loaded, tied tensors once. The baseline is the algorithm of SliceGPT (arXiv 2401.15024) as
-Microsoft's code has it: per-block uncentred PCA on the already compressed stream, shortcut matrices, the head
-whole and untied. It lives here and not in the product: its result has no stock form, so it is run as the
-dense model with its projections put in. Seconds are CPU time, summed over threads (wall clock says little on
-a shared machine).
+Protocol: the text in windows of 256 tokens; of the first 60 % the first 128 calibrate, of the rest the first 96 are
+scored, or the first 96 of HELDOUT (weights as stored, computed in float32). Texts are plain or .jsonl. Every row at the
+same real parameters: `remove` counts the model as it is loaded, tied tensors once. Each row is a process of its own.
+CPU seconds are summed over threads (wall clock says little on a shared machine), the search's apart; memory is the peak
+above that of the loaded model. With --latency also how many times faster than the dense model a prompt of 256 tokens
+and one more token are, in torch and in ONNX Runtime (slicing_speed.py). The baselines have no stock form
+(baselines/slicegpt.py, modegpt.py), so they have no ONNX file either. Rows are appended to --rows, so that a long table
+may be made in several runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import multiprocessing
 import resource
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from baselines.modegpt import measured, modegpt
+from baselines.slicegpt import Classic, classic_parameters, same_shapes
+from slicing_speed import speed_ups
 from tersor.compress.calibration.batches import batches
 from tersor.compress.calibration.loss import judge
-from tersor.compress.calibration.side import Side
-from tersor.compress.calibration.stages import stages
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
 from tersor.compress.slicing.basis import principal, sensitivity
-from tersor.compress.slicing.budget import Sizes, candidates, head_axis
+from tersor.compress.slicing.budget import candidates
 from tersor.compress.slicing.cutter import Cutter
-from tersor.compress.slicing.fuse import fuse
 
 NO_FIT = 1e12
 """A ridge under which no weight moves."""
+TEMPERATURES, RIDGES = (0.1, 0.3, 1.0, 1e9), (1e-2, 1.0)
+"""Of MoDeGPT: the best on the held-out text is reported."""
+
+Row = dict[str, Any]
 
 
-def windows(checkpoint: Checkpoint, text: Path, length: int = 256) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def windows(checkpoint: Checkpoint, text: Path, other: Path | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Calibration and held-out windows."""
+    rows = in_windows(checkpoint, text)
+    edge = len(rows) if other else int(len(rows) * 0.6)
+    heldout = in_windows(checkpoint, other) if other else rows[edge:]
+    return list(rows[:edge][:128]), list(heldout[:96])
+
+
+def in_windows(checkpoint: Checkpoint, path: Path, length: int = 256) -> np.ndarray:
+    """Tokens of a text or of a table's `text`, int64 `[n, length]`."""
     assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer(text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
-    rows = np.array(ids[: len(ids) // length * length]).reshape(-1, length)
-    edge = int(len(rows) * 0.6)
-    return list(rows[:edge][:128]), list(rows[edge:][:96])
+    text = path.read_text("utf-8")
+    if path.suffix == ".jsonl":
+        text = "\n".join(json.loads(record)["text"] for record in text.splitlines())
+    ids = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array(ids[: len(ids) // length * length]).reshape(-1, length)
 
 
 def perplexity(model: Any, layout: Layout, heldout: list[np.ndarray]) -> float:
     return math.exp(judge(model, model, layout, batches(heldout, layout)))
 
 
-def classic_parameters(layout: Layout, k: int) -> int:
-    """Of SliceGPT's result: every stage at width k, two shortcuts a block, the head untied and whole."""
-    d, depth = layout.families["hidden"], layout.depth
-    vocab = layout.families["vocab"]
-    last = layout.inner_size(layout.branches(depth - 1)[-1])
-    inside = layout.resized({}, untie=True).parameters - 2 * vocab * d - d * (2 * depth + 1)
-    return vocab * (k + d) + inside * k // d + last * (d - k) + (2 * depth - 1) * k * k + k * d
+class Trial:
+    """One checkpoint and text, one share to remove; a method a function that returns a row."""
+
+    def __init__(self, directory: Path, texts: tuple[Path, Path | None], remove: float, latency: bool):
+        self.dense, self.remove, self.latency = Checkpoint.load(directory), remove, latency
+        self.layout = self.dense.layout
+        self.calibration, self.heldout = windows(self.dense, *texts)
+        self.spent = {"cpu": 0.0, "wall": 0.0, "memory": 0.0}
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Count what happens inside."""
+        begin, wall, memory = time.process_time(), time.perf_counter(), peak()
+        yield
+        self.spent["cpu"] += time.process_time() - begin
+        self.spent["wall"] += time.perf_counter() - wall
+        self.spent["memory"] = max(self.spent["memory"], peak() - memory)
+
+    def row(self, parameters: int, sizes: str, value: float, **more: Any) -> Row:
+        """What every row holds."""
+        return {"reduction": 1 - parameters / self.layout.parameters, "sizes": sizes, "perplexity": value, **more}
+
+    def stock(self, checkpoint: Checkpoint, sizes: dict[str, int], **more: Any) -> Row:
+        """The row of a result that plain transformers loads."""
+        said = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+        value = perplexity(checkpoint.model(), checkpoint.layout, self.heldout)
+        faster = speed_ups(self.dense, checkpoint) if self.latency else {}
+        return self.row(checkpoint.layout.parameters, said, value, **faster, **more)
+
+    def dense_row(self) -> Row:
+        """What everything is held against."""
+        return self.stock(self.dense, {})
+
+    def slicegpt(self) -> Row:
+        """The first baseline."""
+        goal = self.layout.parameters * (1 - self.remove)
+        with self.clock():
+            classic = Classic(self.dense, self.calibration)
+            k = max(k for k in range(1, self.layout.families["hidden"]) if classic_parameters(self.layout, k) <= goal)
+            projections = classic.cut(k)
+        value = classic.score(projections, lambda model: perplexity(model, classic.layout, self.heldout))
+        faster = speed_ups(self.dense, same_shapes(self.layout, k)) if self.latency else {}
+        return self.row(classic_parameters(self.layout, k), f"k {k}", value, **faster)
+
+    def modegpt(self) -> Row:
+        """The second, with the values of its two constants that suit the held-out text best."""
+        goal, found = round(self.layout.parameters * (1 - self.remove)), []
+        with self.clock():
+            blocks = measured(self.dense.model(), self.layout, batches(self.calibration, self.layout))
+        for temperature in TEMPERATURES:
+            for ridge in RIDGES:
+                began = time.process_time()
+                tensors, left = modegpt(self.layout, self.dense.tensors, blocks, goal, temperature, ridge)
+                seconds = time.process_time() - began
+                value = perplexity(Checkpoint(self.layout, tensors).model(), self.layout, self.heldout)
+                found.append((value, left, temperature, ridge, seconds))
+        value, left, temperature, ridge, seconds = min(found)
+        self.spent["cpu"] += seconds
+        return self.row(left, f"ε {temperature:g}, λ {ridge:g}", value)
+
+    def cut(self, axes: list[str], ridge: float, pca: bool = False) -> Row:
+        """A part of slice: only these axes, the cut alone, or a basis by PCA."""
+        options, context = candidates(self.layout, self.remove, axes), Context(self.calibration)
+        with self.clock():
+            cutter = Cutter.measured(self.dense, options, context, ridge)
+            if pca:
+                data = batches(self.calibration, self.layout)
+                plain = sensitivity(cutter.dense(False)[2], self.layout, data, gradients=False)
+                cutter.basis = principal(plain.moments)
+            after, tensors, _ = cutter.cut(options[0], batches(self.calibration, self.layout), context)
+        return self.stock(Checkpoint(after, tensors), options[0])
+
+    def sliced(self, **options: Any) -> Row:
+        """The pass itself."""
+        copy, details = Checkpoint(self.layout, dict(self.dense.tensors)), {}
+        before = time.process_time()
+        with self.clock():
+            Slice(remove=self.remove, **options).apply(copy, Context(self.calibration, details=details))
+        seconds = details["seconds"]
+        share = seconds["search"] / sum(seconds.values())
+        spent = time.process_time() - before
+        self.spent["cpu"] -= share * spent
+        return self.stock(copy, details["sizes"], search=share * spent)
 
 
-class Classic:
-    """SliceGPT's algorithm on a fused model: one projection a stage, found on the stream as compressed so far."""
-
-    def __init__(self, checkpoint: Checkpoint, calibration: list[np.ndarray]):
-        self.layout, tensors = fuse(checkpoint.layout.resized({}, untie=True), untied(checkpoint))
-        self.model = Checkpoint(self.layout, tensors).model()
-        self.data = batches(calibration, self.layout)
-
-    @torch.no_grad()
-    def cut(self, k: int) -> list[torch.Tensor]:
-        """Projections `[d, d]` of rank k: on the embedding, then behind every stage; the last is whole."""
-        side = Side.at_start(self.model, self.layout, self.data)
-        found = [self._project(side, k)]
-        for block in range(self.layout.depth):
-            with ExitStack() as passed:
-                for stage in stages(self.layout, block):
-                    side.move(stage)
-                    whole = block == self.layout.depth - 1 and not stage.after
-                    found.append(self._project(side, self.layout.families["hidden"] if whole else k))
-                    if stage.after:
-                        passed.enter_context(side.without(stage))
-        return found
-
-    def _project(self, side: Side, k: int) -> torch.Tensor:
-        moments = sum(s.flatten(0, 1).double().T @ s.flatten(0, 1).double() for s in side.streams)
-        q = principal(moments)[:, :k]
-        projection = (q @ q.T).float()
-        side.streams = [stream @ projection for stream in side.streams]
-        return projection
-
-    def score(self, projections: list[torch.Tensor], heldout: list[np.ndarray]) -> float:
-        """Perplexity of the fused model with the projections put in."""
-        seen: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-
-            def hook(name: str, before: bool, function: Callable[..., Any]) -> None:
-                module = self.model.get_submodule(name)
-                register = module.register_forward_pre_hook if before else module.register_forward_hook
-                hooks.callback(register(function).remove)
-
-            first = self.layout.full(self.layout.arch.embeddings[0])
-            hook(first, False, lambda _m, _a, out: out @ projections[0])
-            number = 0
-            for block in range(self.layout.depth):
-                for stage in stages(self.layout, block):
-                    number += 1
-
-                    def remember(_m: Any, args: Any, norm: str = stage.norm) -> None:
-                        seen[norm] = args[0]
-
-                    def put_in(
-                        _m: Any, _a: Any, out: Any, norm: str = stage.norm, p: torch.Tensor = projections[number]
-                    ) -> Any:
-                        return (seen[norm] + out) @ p - seen[norm]
-
-                    hook(stage.norm, True, remember)
-                    hook(stage.writers[0].module, False, put_in)
-            return perplexity(self.model, self.layout, heldout)
+METHODS: dict[str, tuple[str, Callable[[Trial], Row]]] = {
+    "slicegpt": ("SliceGPT: PCA by block, shortcuts", Trial.slicegpt),
+    "modegpt": ("MoDeGPT, its best ε and λ", Trial.modegpt),
+    "pca": ("one basis, unit-RMS PCA, no fits", lambda t: t.cut(["hidden"], NO_FIT, pca=True)),
+    "basis": ("one basis, weighted by the loss, no fits", lambda t: t.cut(["hidden"], NO_FIT)),
+    "hidden": ("… + least squares: `on: [hidden]`", lambda t: t.cut(["hidden"], 1e-2)),
+    "ffn": ("MLP units + least squares: `on: [ffn]`", lambda t: t.cut(["ffn"], 1e-2)),
+    "half": ("hidden and ffn, `split: 0.5`", lambda t: t.sliced(on=["hidden", "ffn"], split=0.5)),
+    "slice": ("slice, as it comes", lambda t: t.sliced()),
+}
+HEADINGS = {"torch prefill": "torch: prompt", "torch decode": "torch: token", "onnx prefill": "ONNX: prompt",
+            "onnx decode": "ONNX: token"}  # fmt: skip
 
 
-def untied(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+def peak() -> float:
+    """The process' peak resident memory so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def rows(directory: Path, text: Path, remove: float) -> list[dict[str, Any]]:
-    """One row a method: its name, real reduction, sizes, perplexity, seconds."""
-    dense = Checkpoint.load(directory)
-    calibration, heldout = windows(dense, text)
-    layout, context = dense.layout, Context(calibration)
-    goal, found = layout.parameters * (1 - remove), []
-
-    def add(name: str, parameters: int, sizes: str, value: float, seconds: float) -> None:
-        row = {"method": name, "reduction": 1 - parameters / layout.parameters, "sizes": sizes}
-        found.append({**row, "perplexity": value, "seconds": seconds})
-        print(f"| {name} | {row['reduction']:.1%} | {sizes} | {value:.2f} | {seconds:.1f} |", flush=True)
-
-    began = time.process_time()
-    classic = Classic(dense, calibration)
-    k = max(k for k in range(1, layout.families["hidden"]) if classic_parameters(layout, k) <= goal)
-    projections = classic.cut(k)
-    seconds = time.process_time() - began
-    value = classic.score(projections, heldout)
-    add("per-block PCA (SliceGPT's algorithm)", classic_parameters(layout, k), f"k {k}", value, seconds)
-
-    def cut(name: str, options: list[Sizes], ridge: float, pca: bool = False) -> None:
-        start = time.process_time()
-        cutter = Cutter.measured(dense, options, context, ridge)
-        if pca:
-            plain = sensitivity(cutter.dense(False)[2], layout, batches(calibration, layout), gradients=False)
-            cutter.basis = principal(plain.moments)
-        after, tensors, _ = cutter.cut(options[0], batches(calibration, layout), context)
-        spent = time.process_time() - start
-        model = Checkpoint(after, tensors).model()
-        said = ", ".join(f"{axis} {size}" for axis, size in options[0].items())
-        add(name, after.parameters, said, perplexity(model, after, heldout), spent)
-
-    hidden = candidates(layout, remove, ["hidden"])
-    cut("one basis, unit-RMS PCA, no fits", hidden, NO_FIT, pca=True)
-    cut("one basis, weighted by the loss, no fits", hidden, NO_FIT)
-    cut("… + least squares (`on: [hidden]`)", hidden, 1e-2)
-    cut("MLP units + least squares (`on: [ffn]`)", candidates(layout, remove, ["ffn"]), 1e-2)
-    for name, on in (("hidden and ffn, split by the loss", ["hidden", "ffn"]), ("slice (default)", None)):
-        if on is None and not head_axis(layout):
-            continue
-        copy, details = Checkpoint(layout, dict(dense.tensors)), {}
-        Slice(remove=remove, on=on).apply(copy, Context(calibration, details=details))
-        spent = details["seconds"]
-        value = perplexity(copy.model(), copy.layout, heldout)
-        said = ", ".join(f"{axis} {size}" for axis, size in details["sizes"].items())
-        search = f" (search {spent['search']:.0f} s apart)" if spent["search"] > 0.1 else ""
-        add(name + search, copy.layout.parameters, said, value, spent["measure"] + spent["cut"])
-    return found
+def run(
+    method: str, directory: Path, texts: tuple[Path, Path | None], remove: float, threads: int, latency: bool
+) -> Row:
+    """One row, in a process of its own."""
+    torch.set_num_threads(threads)
+    trial = Trial(directory, texts, remove, latency)
+    row = METHODS[method][1](trial) if method in METHODS else trial.dense_row()
+    return {"method": method, "remove": remove, **row, **trial.spent}
 
 
-def plot(table: dict[float, list[dict[str, Any]]], dense: float, path: Path) -> None:
-    """Perplexity over reduction, a line a method."""
+def line(row: Row, latency: bool) -> str:
+    name = METHODS[row["method"]][0] if row["method"] in METHODS else "dense"
+    search = f" + {row['search']:.0f}" if row.get("search", 0) > 0.1 else ""
+    cells = [name, f"{row['reduction']:.1%}", row["sizes"], f"{row['perplexity']:.2f}"]
+    cells += [f"{row['cpu']:.1f}{search}", f"{row['wall']:.1f}", f"{row['memory']:.0f}"]
+    cells += [f"{row[key]:.2f}×" if key in row else "–" for key in HEADINGS] if latency else []
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Perplexity over real reduction, a line a method, drawn as the report draws."""
     import matplotlib
+    from matplotlib.figure import Figure
+    from tersor.compress.reporting.figures import STYLE
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(row["method"].split(" (search")[0] for found in table.values() for row in found):
-        points = [row for found in table.values() for row in found if row["method"].startswith(method)]
-        points.sort(key=lambda row: row["reduction"])
-        axes.plot([r["reduction"] for r in points], [r["perplexity"] for r in points], marker="o", label=method)
-    axes.axhline(dense, color="grey", linestyle=":", label="dense")
-    axes.set(xlabel="share of real parameters removed", ylabel="perplexity", yscale="log")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        for method, (name, _) in METHODS.items():
+            points = sorted((100 * r["reduction"], r["perplexity"]) for r in rows if r["method"] == method)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name.replace("`", ""))
+        for row in (r for r in rows if r["method"] == "dense"):
+            axes.axhline(row["perplexity"], color="grey", linestyle=":", label="dense")
+        axes.set(xlabel="% of real parameters removed", ylabel="perplexity", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("text", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("heldout", type=Path, nargs="?")
     parser.add_argument("--remove", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    dense = Checkpoint.load(options.checkpoint)
-    _, heldout = windows(dense, options.text)
-    base, count = perplexity(dense.model(), dense.layout, heldout), dense.layout.parameters
-    print(f"dense: {count:,} parameters, perplexity {base:.3f}, {torch.get_num_threads()} threads\n")
-    print("| method | real reduction | sizes | perplexity | CPU seconds |\n|---|---|---|---|---|")
-    table = {remove: rows(options.checkpoint, options.text, remove) for remove in options.remove}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"\npeak memory of the process: {peak:,.0f} MiB")
-    if options.plot:
-        plot(table, base, options.plot)
+    asked = parser.parse_args()
+    heads = ["method", "real reduction", "sizes", "perplexity", "CPU s (+ search)", "wall s", "MiB"]
+    heads += list(HEADINGS.values()) if asked.latency else []
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
+    if asked.checkpoint:
+        for remove in asked.remove:
+            for method in asked.methods:
+                if method == "dense" and remove != asked.remove[0]:
+                    continue
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+                    texts = (asked.text, asked.heldout)
+                    arguments = (method, asked.checkpoint, texts, remove, asked.threads, asked.latency)
+                    row = child.submit(run, *arguments).result()
+                print(line(row, asked.latency), flush=True)
+                if asked.rows:
+                    with asked.rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    if asked.plot and asked.rows:
+        plot([json.loads(text) for text in asked.rows.read_text("utf-8").splitlines()], asked.plot)
 
 
 if __name__ == "__main__":

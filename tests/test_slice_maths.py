@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from tersor.compress.calibration.batches import batches, sample
+from tersor.compress.calibration.batches import Batch, batches, sample
 from tersor.compress.calibration.lstsq import Regression
 from tersor.compress.errors import RecipeError
-from tersor.compress.slicing.basis import principal, weighted_basis
+from tersor.compress.slicing.basis import draw_loss, principal, weighted_basis
 from tersor.compress.slicing.budget import candidates, free_words
 from tersor.compress.slicing.cutter import descend
 from tersor.compress.slicing.fuse import restate, zero_sum
@@ -42,6 +44,25 @@ def test_the_fit_in_batches_is_the_weighted_ridge_on_all_rows():
     left = (w[:, None] * (t - a @ found) ** 2).sum() / (w[:, None] * t**2).sum()
     assert fit.error(found) == pytest.approx(float(left), rel=1e-9)
     assert fit.error(found) < fit.error(start)
+
+
+def test_sums_are_whole_although_half_of_them_is_computed():
+    a, w = draw(40, 300), draw(40, seed=1).abs()
+    fit = Regression(300, 1)
+    for rows in (slice(0, 25), slice(25, 40)):
+        fit.add(a[rows], a[rows, :1], w[rows])
+        assert torch.allclose(fit.gram, fit.gram.T, atol=1e-12)
+    assert torch.allclose(fit.gram, a.T @ (w[:, None] * a), atol=1e-10)
+
+
+def test_outputs_are_drawn_as_the_model_says():
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(1, 40_000, 4).clone()
+    entropy = float(torch.distributions.Categorical(logits=logits[0, 0]).entropy())
+    batch = Batch([np.zeros(40_000, dtype=np.int64)])
+    found = float(draw_loss(SimpleNamespace(logits=logits), batch, torch.Generator().manual_seed(0))) / 40_000
+    assert found == pytest.approx(entropy, rel=0.02)
+    likeliest = float(-logits[0, 0].log_softmax(-1).max())  # the twin: the likeliest output instead of a drawn one
+    assert likeliest != pytest.approx(entropy, rel=0.02)
 
 
 def test_a_constant_is_fitted_without_a_pull():

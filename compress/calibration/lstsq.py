@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import torch
 
+BLOCK = 128
+"""Columns of AᵀA that are summed at a time, each from its diagonal on: what lies below is a mirror image."""
+
 
 class Regression:
     """Sums for one fit of `t [n, out]` from `a [n, inp]`.
@@ -24,10 +27,18 @@ class Regression:
     def __init__(self, inp: int, out: int, intercept: bool = False):
         size = inp + intercept
         self.intercept = intercept
-        self.gram = torch.zeros(size, size, dtype=torch.float64)
+        self._sums = torch.zeros(size, size, dtype=torch.float64)
         self.cross = torch.zeros(size, out, dtype=torch.float64)
         self.square = 0.0
         self.tokens = 0
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """AᵀA, float64 `[inp, inp]`."""
+        for start in range(0, len(self._sums), BLOCK):
+            stop = start + BLOCK
+            self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
+        return self._sums
 
     def add(self, a: torch.Tensor, t: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Count tokens in: regressors `[n, inp]`, targets `[n, out]`, weights `[n]`."""
@@ -35,7 +46,8 @@ class Regression:
         if self.intercept:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
         weighted = a if weight is None else a * weight.double()[:, None]
-        self.gram += a.T @ weighted
+        for start in range(0, a.shape[1], BLOCK):
+            self._sums[start : start + BLOCK, start:] += a[:, start : start + BLOCK].T @ weighted[:, start:]
         self.cross += weighted.T @ t
         square = t.pow(2).sum(1)
         self.square += float(square.sum() if weight is None else square @ weight.double())
@@ -57,11 +69,12 @@ class Regression:
             float64 `[inp, out]`, and the constant `[out]` if one was asked for.
         """
         before = self.start(weight)
-        right = self.cross - self.gram @ before
-        diagonal = self.gram.diagonal()
+        gram = self.gram
+        right = self.cross - gram @ before
+        diagonal = gram.diagonal()
         sums = diagonal.clone()
         diagonal[: len(before) - self.intercept] += ridge * float(sums.mean())  # in place: wide fits are large
-        after = before + symmetric_solve(self.gram, right)
+        after = before + symmetric_solve(gram, right)
         diagonal.copy_(sums)
         return (after[:-1], after[-1]) if self.intercept else (after, None)
 

@@ -87,8 +87,9 @@ def draw_loss(output: Any, batch: Batch, generator: torch.Generator) -> torch.Te
     if getattr(output, "logits", None) is not None:
         logits = output.logits if output.logits.ndim < 3 else batch.tokens(output.logits)
         logs = logits.float().log_softmax(-1).reshape(-1, logits.shape[-1])
-        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        return -logs.gather(1, drawn).sum()
+        below = logs.detach().exp().cumsum(-1)  # torch.multinomial takes ten times as long
+        drawn = torch.searchsorted(below, below[:, -1:] * torch.rand(len(logs), 1, generator=generator))
+        return -logs.gather(1, drawn.clamp_max(logs.shape[-1] - 1)).sum()
     embedding = pooled(output, batch)
     return (embedding * torch.randn(embedding.shape, generator=generator)).sum()
 

@@ -41,7 +41,7 @@ def axes_of(layout: Layout, on: Sequence[str]) -> list[str]:
     Raises:
         RecipeError: a word for which the architecture has no axis that may shrink.
     """
-    found = []
+    found: list[str] = []
     for word in on:
         if word == "head_dim":
             if why := fixed_widths(layout):

@@ -26,8 +26,10 @@ from .obs import survivors
 from .refit import Refit
 from .shrink import removal_orders, without
 
-SENSITIVITY_TOKENS = 16_384
-"""Tokens whose gradients are taken: a backward costs two forwards, and the metric is floored anyway."""
+SENSITIVITY_TOKENS = 8_192
+"""Tokens whose gradients are taken, or 8 a direction: a backward costs two forwards, and the metric is floored."""
+UNIT_TOKENS = 8_192
+"""Tokens that say which units go, or 16 a unit: enough to rank them; the fits that follow see all."""
 BACKWARD_TOKENS = 256
 """Tokens of one backward through a model that does not fit: its activations do not either."""
 SEARCH_TOKENS = 16_384
@@ -68,7 +70,6 @@ class Cutter:
             cutter.orders = known
             return cutter
         layout, tensors, model = cutter.dense(fused=False)
-        data = batches(context.calibration, layout)
         some = sample(context.calibration, max(SENSITIVITY_TOKENS, 8 * layout.families["hidden"]), context.seed)
         small = batches(some, layout, BACKWARD_TOKENS) if store else batches(some, layout)
         shrunk = {axis for sizes in options for axis in sizes} - {"hidden"}
@@ -81,6 +82,8 @@ class Cutter:
             cutter.basis = weighted_basis(found.moments, total)
         keep = {axis: min(sizes[axis] for sizes in options if axis in sizes) for axis in shrunk}
         files = cutter.files(context, "units")
+        widest = max(layout.inner_size(branch) for branch in layout.branches(0))
+        data = batches(sample(context.calibration, max(UNIT_TOKENS, 16 * widest), context.seed), layout)
         cutter.orders = removal_orders(model, layout, tensors, data, keep, found.metrics, context.track, files)
         basis = {} if cutter.basis is None else {"basis": cutter.basis}
         cutter.kept.keep_tensors("measured", {**basis, **cutter.orders})

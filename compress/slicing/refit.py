@@ -80,7 +80,8 @@ class Refit:
             if block >= done:
                 self.block(stages(self.layout, block))
                 kept.block_done(block, self)
-                trim()
+                if not isinstance(self.dense.streams, list):  # what fits in memory need not be swept out of it
+                    trim()
         self.head()
 
     def block(self, steps: list[Stage]) -> None:

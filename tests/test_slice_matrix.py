@@ -22,12 +22,13 @@ from tersor.compress.passes.slice import Slice
 from tersor.compress.slicing import cutter as cutter_module
 from tersor.compress.slicing.budget import free_words, head_axis
 from tersor.compress.slicing.cutter import Cutter
-from tersor.compress.slicing.fuse import fuse, obstacle, producers, restate
+from tersor.compress.slicing.fuse import fuse, heads_follow, obstacle, producers, restate
 
 TASK = {"vit": "image-classification"}
 SLICED = ["bert", "distilbert", "gemma", "gemma2", "gpt2", "granite", "llama", "mistral", "modernbert", "opt", "phi"]
 SLICED += ["phi3", "qwen2", "qwen3", "roberta", "vit"]
 ROTATED = ["gemma", "granite", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "vit"]
+WITH_HEADS = ["gpt2", "opt"]
 HEADS = ["gemma", "llama", "phi", "phi3", "qwen3", "vit"]
 
 
@@ -68,11 +69,12 @@ def test_the_lists_here_name_every_architecture_that_slice_can_work_on(tiny):
     able = {name: free_words(made(tiny, name).layout) for name in dense}
     assert sorted(name for name, words in able.items() if words) == sorted(SLICED)
     assert sorted(name for name, words in able.items() if "hidden" in words) == sorted(ROTATED)
-    assert all(obstacle(made(tiny, name).layout) for name in SLICED if name not in ROTATED)
+    assert sorted(name for name in dense if heads_follow(made(tiny, name).layout)) == WITH_HEADS
+    assert all(obstacle(made(tiny, name).layout) for name in SLICED if name not in ROTATED + WITH_HEADS)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", ROTATED)
+@pytest.mark.parametrize("model_type", ROTATED + WITH_HEADS)
 def test_fusing_changes_nothing(tiny, model_type, tied):
     dense = made(tiny, model_type, tie_word_embeddings=tied)
     assert (answer(Checkpoint(*fuse(dense.layout, dense.tensors))) - answer(dense)).abs().max() < 1e-4

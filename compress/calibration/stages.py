@@ -29,11 +29,11 @@ class Writer:
     post_norm: str = ""
 
     def axis(self, layout: Layout) -> str:
-        """The axis of its units that the config lets shrink (`ffn3`, `kv_heads0`), or empty."""
+        """The axis of its units that the config lets shrink (`ffn3`, `kv_heads0`), alone or with hidden, or empty."""
         for section in self.inner.sections:
             for axis in section:
                 found = layout.arch.axis(family(axis))
-                if found is not None and found.shrinkable:
+                if (found is not None and found.shrinkable) or ("hidden", family(axis)) in layout.arch.coupled:
                     return axis
         return ""
 

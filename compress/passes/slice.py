@@ -171,7 +171,7 @@ def hidden_share(layout: Layout, sizes: Sizes) -> float:
     Where heads leave too, the size may be one that no config with all heads holds: then the share of the width.
     """
     only = {axis: size for axis, size in sizes.items() if axis == "hidden"}
-    if only and head_axis(layout) in sizes:
+    if only and {head_axis(layout), "heads"} & sizes.keys():
         return 1 - only["hidden"] / layout.families["hidden"]
     return 1 - restate(layout, only).parameters / layout.parameters if only else 0.0
 

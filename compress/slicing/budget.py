@@ -12,7 +12,7 @@ from math import lcm
 
 from ..errors import RecipeError
 from ..layout import Layout
-from .fuse import obstacle, restate
+from .fuse import heads_follow, obstacle, restate
 from .heads import WIDTHS, fixed_widths
 
 Sizes = dict[str, int]
@@ -28,7 +28,7 @@ def head_axis(layout: Layout) -> str:
 
 def free_words(layout: Layout) -> list[str]:
     """The recipe's words for what shrinks by default: all that a stock config of this architecture lets shrink but the
-    width of heads, which RoPE's common frequencies make dear (heads.py).
+    width of heads, which RoPE's common frequencies make dear (heads.py), and hidden where whole heads go with it.
     """
     words = {"hidden": "hidden", "ffn": "ffn", head_axis(layout): "heads"}
     free = [words[axis.name] for axis in layout.arch.axes if axis.shrinkable and axis.name in words]
@@ -49,7 +49,7 @@ def axes_of(layout: Layout, on: Sequence[str]) -> list[str]:
             found += WIDTHS
             continue
         axis = head_axis(layout) if word == "heads" else word
-        if not axis or layout.arch.axis(axis) is None:
+        if not axis or (layout.arch.axis(axis) is None and not (axis == "hidden" and heads_follow(layout))):
             free = ["heads" if a.name == head_axis(layout) else a.name for a in layout.arch.axes]
             raise RecipeError(
                 "slice: on",
@@ -82,7 +82,7 @@ def candidates(layout: Layout, remove: float, axes: Sequence[str], round_to: int
     for heads in _heads(layout, axes):
         if "ffn" not in axes:
             found += _past(layout, heads, remove, axes, round_to)
-            if found and "hidden" not in axes:
+            if found and ("hidden" not in axes or heads_follow(layout)):
                 break
             continue
         wider = [
@@ -111,6 +111,10 @@ def spread(items: list[Sizes], most: int) -> list[Sizes]:
 def _heads(layout: Layout, axes: Sequence[str]) -> list[Sizes]:
     """All heads whole, then fewer, then narrower ones: down to a half."""
     axis, d, found = head_axis(layout), layout.families["hidden"], [Sizes()]
+    if heads_follow(layout):
+        count, width = layout.families["heads"], layout.families["head_dim"]
+        fewer = range(count - 1, max(count // 2, 1) - 1, -1) if "hidden" in axes else ()
+        return [*([{}] if "ffn" in axes else []), *({"heads": left, "hidden": left * width} for left in fewer)]
     if axis in axes:
         count = layout.families[axis]
         found += [{axis: left} for left in range(count - 1, max(count // 2, 1) - 1, -1)]
@@ -141,7 +145,7 @@ def _narrowest(layout: Layout, heads: Sizes, remove: float, step: int) -> int:
 def _past(layout: Layout, heads: Sizes, remove: float, axes: Sequence[str], round_to: int) -> list[Sizes]:
     """Sizes at or past the request where no FFN unit takes up the remainder."""
     goal = layout.parameters * (1 - remove) + 0.5
-    if "hidden" not in axes:
+    if "hidden" not in axes or "hidden" in heads:
         return [heads] if heads and _parameters(layout, heads) <= goal else []
     k = _narrowest(layout, heads, remove, lcm(layout.grid("hidden", heads), round_to))
     return [{**heads, "hidden": k}] if k > 0 else []
@@ -149,7 +153,7 @@ def _past(layout: Layout, heads: Sizes, remove: float, axes: Sequence[str], roun
 
 def _hidden(layout: Layout, axes: Sequence[str], heads: Sizes, remove: float, round_to: int) -> list[Sizes]:
     """Hidden sizes from the whole down to where nothing is left for the FFN."""
-    if "hidden" not in axes:
+    if "hidden" not in axes or heads_follow(layout):
         return [{}]
     step, d = lcm(layout.grid("hidden", heads), round_to), layout.families["hidden"]
     least = max(_narrowest(layout, heads, remove, step), step)

@@ -19,7 +19,7 @@ from ..pass_ import Context
 from ..tokens import Input
 from .basis import sensitivity, weighted_basis
 from .budget import Sizes, head_axis, whole_heads
-from .fuse import cut, embeddings, fuse, restate, rotate
+from .fuse import cut, embeddings, fuse, restate, rotate, stream_scale
 from .heads import narrowed_rope
 from .kept import Kept
 from .obs import survivors
@@ -126,7 +126,8 @@ class Cutter:
         with torch.no_grad():
             dense = Side.at_start(model, layout, data, self.files(context, "dense"))
             small = Side.at_start(compressed, after, data, self.files(context, "small"))
-        refit = Refit(dense, small, sources, data, basis, self.ridge)
+        scale = 1.0 if basis is None else stream_scale(self.layout, after)
+        refit = Refit(dense, small, sources, data, basis, self.ridge, scale)
         refit.run(context.track, state)
         return after, named_parameters(compressed), refit.details
 

@@ -8,9 +8,11 @@ the stock norm of width k divides by the RMS over k values where the original di
 
     y / √(|y|²/k + eps·d/k)  =  √(k/d) · y / √(|y|²/d + eps)
 
-so `eps·d/k` goes into the config and √(d/k) into the consumers, in float64 (as a bf16 gain it would be
-rounded with the same sign everywhere). Unlike SliceGPT's code nothing is centred for RMSNorm models and eps
-is the config's own. Source: SliceGPT (Ashkboos et al., arXiv 2401.15024), section 3.
+so `eps·d/k` goes into the config (or √(k/d) into the producers, where transformers' code fixes eps) and √(d/k) into
+the consumers, in float64 (as a bf16 gain it would be rounded with the same sign everywhere). A LayerNorm's bias b goes
+into its consumers' biases; where one has none (the head of GPT-2), into the direction that n(x), of mean zero, leaves
+free: the norm's bias becomes all ones, W becomes W centred + W b 1ᵀ/d. Unlike SliceGPT's code nothing is centred for
+RMSNorm models and eps is the config's own. Source: SliceGPT (Ashkboos et al., arXiv 2401.15024), section 3.
 
 All functions are pure, take tensors by name and work in float64.
 """
@@ -38,7 +40,7 @@ def obstacle(layout: Layout) -> str:
     arch = layout.arch
     if arch.stream != "pre-norm":
         return f"a {arch.stream} stream: its norms stand behind the additions"
-    if arch.axis("hidden") is None:
+    if arch.axis("hidden") is None and not heads_follow(layout):
         return "a config that ties hidden to other sizes"
     behind = next((b.post_norm for b in arch.branches if b.post_norm), "")
     if behind:
@@ -46,6 +48,11 @@ def obstacle(layout: Layout) -> str:
     if layout.task == "feature-extraction" or not readers(layout, layout.full(arch.final_norm)):
         return f"the task {layout.task}, whose output is the stream itself"
     return ""
+
+
+def heads_follow(layout: Layout) -> bool:
+    """Whether a stock config has no width of heads, so that hidden may shrink only by whole heads (GPT-2, OPT)."""
+    return layout.arch.axis("hidden") is None and ("hidden", "heads") in layout.arch.coupled
 
 
 def rotatable(layout: Layout) -> None:
@@ -130,9 +137,6 @@ def fuse(layout: Layout, tensors: Tensors, later: Later = at_once) -> tuple[Layo
 
     Returns:
         the layout and its tensors; those that changed are float32, computed in float64.
-
-    Raises:
-        RecipeError: a norm's bias meets a consumer that can hold none.
     """
     fused = dict(tensors)
     norm_, kept = layout.arch.norm, tied_heads(layout) if stays_tied(layout) else []
@@ -141,17 +145,18 @@ def fuse(layout: Layout, tensors: Tensors, later: Later = at_once) -> tuple[Layo
             continue
         gain = tensors[f"{norm}.weight"].double() + norm_.gain_offset
         bias = tensors.get(f"{norm}.bias")
+        lent = bias is not None and any(f"{module}.bias" not in tensors for module in readers(layout, norm))
         for module in readers(layout, norm):
             name = f"{module}.weight"
-            if bias is not None and bool(bias.any()):
-                if f"{module}.bias" not in tensors:
-                    raise RecipeError(module, "no bias to hold its norm's", "a Linear with a bias")
+            constant = bias.double() if lent and bias is not None else None
+            if bias is not None and not lent:
                 weight, _ = along(tensors[name], layout, name, "hidden")
                 fused[f"{module}.bias"] = (tensors[f"{module}.bias"].double() + weight @ bias.double()).float()
-            fused[name] = later(name, tensors[name].shape, partial(scaled, tensors[name], layout, name, gain))
+            change = partial(scaled, tensors[name], layout, name, gain, constant)
+            fused[name] = later(name, tensors[name].shape, change)
         fused[f"{norm}.weight"] = torch.full_like(gain, 1 - norm_.gain_offset).float()
         if bias is not None:
-            fused[f"{norm}.bias"] = torch.zeros_like(gain).float()
+            fused[f"{norm}.bias"] = torch.full_like(gain, float(lent)).float()
     after = layout if kept else layout.resized({}, untie=True)
     if norm_.kind == "layer":
         for name in producers(after):
@@ -159,12 +164,20 @@ def fuse(layout: Layout, tensors: Tensors, later: Later = at_once) -> tuple[Layo
     return after, fused
 
 
-def scaled(tensor: torch.Tensor, layout: Layout, name: str, gain: torch.Tensor) -> torch.Tensor:
-    """The parameter with its `hidden` multiplied by a gain; computed in float64, float32."""
+def scaled(
+    tensor: torch.Tensor, layout: Layout, name: str, gain: torch.Tensor, constant: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The parameter with its `hidden` multiplied by a gain; computed in float64, float32.
+
+    With a `constant` b, what all ones in its `hidden` give is what b gave before.
+    """
 
     def rows(part: torch.Tensor) -> torch.Tensor:
         values, number = along(part, layout, name, "hidden")
-        return (values * gain).movedim(-1, number).float()
+        found = values * gain
+        if constant is not None:
+            found = found + ((values @ constant) / len(gain) - found.mean(-1))[..., None]
+        return found.movedim(-1, number).float()
 
     return by_rows(rows, tensor, layout.tensors[name].dims)
 
@@ -195,23 +208,23 @@ def rotate(
     kept = tied_heads(layout)
     gains = {f"{norm}.{part}" for norm in norms(layout) for part in ("weight", "bias")}
     reads = {f"{module}.weight" for module in consumers(layout) if module not in kept}
-    correction = embedding_correction(layout, narrow)
+    writes, written = set(producers(layout)), embeddings(layout)
+    correction, scale = embedding_correction(layout, narrow), stream_scale(layout, narrow)
+    back = lift(layout, basis).T
     rotated: dict[str, torch.Tensor] = {}
-    written = embeddings(layout)
     for name, tensor in fused.items():
         if narrow.tensors[name].shared_with:
             continue
         if name in gains:
             rotated[name] = tensor[:k].clone()  # all entries of a fused norm are the same
             continue
-        dims, factor = layout.tensors[name].dims, 1.0
-        if name in reads:
-            factor = (d / k) ** 0.5
-        elif name in written:
-            factor = correction
+        dims, factor = layout.tensors[name].dims, scale if name in writes else 1.0
+        if name in written:
+            factor *= correction
         if any(dim.has("hidden") for dim in dims):
             turned_shape = [k if dim.has("hidden") else n for dim, n in zip(dims, tensor.shape, strict=True)]
-            rotated[name] = later(name, turned_shape, partial(turned, tensor, dims, basis, factor))
+            axes = back if name in reads else basis
+            rotated[name] = later(name, turned_shape, partial(turned, tensor, dims, axes, factor))
         else:
             rotated[name] = tensor if tensor.dtype == torch.float32 else tensor.float()
     if kept:
@@ -222,6 +235,20 @@ def rotate(
         if shape.shared_with:
             rotated[name] = rotated[shape.shared_with]
     return rotated
+
+
+def lift(layout: Layout, basis: torch.Tensor) -> torch.Tensor:
+    """The normalised stream of width d from the one of width k in `basis`: float64 `[k, d]`; all ones stay all ones."""
+    d, k = basis.shape
+    found = (d / k) ** 0.5 * basis.T
+    return found + 1 / k if layout.arch.norm.kind == "layer" else found
+
+
+def stream_scale(before: Layout, after: Layout) -> float:
+    """What a narrow stream is multiplied by, where transformers' code fixes eps: eps·d/k under |y|²/k then is eps."""
+    if before.arch.norm.eps:
+        return 1.0
+    return (after.families["hidden"] / before.families["hidden"]) ** 0.5
 
 
 def turned(tensor: torch.Tensor, dims: tuple[Dim, ...], basis: torch.Tensor, factor: float) -> torch.Tensor:
@@ -281,7 +308,7 @@ def restate(layout: Layout, changes: Mapping[str, int]) -> Layout:
     """The layout after `changes`, with the epsilon of its hidden size; untied where a head cannot stay tied."""
     rotates = "hidden" in changes
     after = layout.resized(changes, untie=rotates and not stays_tied(layout))
-    if rotates:
+    if rotates and layout.arch.norm.eps:
         eps = layout.arch.norm.eps
         ratio = layout.families["hidden"] / after.families["hidden"]
         setattr(after.config, eps, getattr(layout.config, eps) * ratio)

@@ -32,7 +32,7 @@ from ..calibration.side import Side
 from ..calibration.stages import Stage, stages
 from ..deferred import trim
 from ..layout import Layout
-from .fuse import along, by_rows, readers
+from .fuse import along, by_rows, lift, readers
 from .kept import Kept
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -53,6 +53,7 @@ class Refit:
         data: batches.
         basis: float64 `[d, k]`, or None where hidden is not cut.
         ridge: see lstsq.py.
+        scale: what the compressed stream is multiplied by (fuse.py).
         details: share of each target left unexplained before and after, by fit.
     """
 
@@ -62,6 +63,7 @@ class Refit:
     data: Sequence[Batch]
     basis: torch.Tensor | None
     ridge: float
+    scale: float = 1.0
     details: list[dict[str, Any]] = field(default_factory=list)
     moves: bool = False
     held: list[list[torch.Tensor]] = field(default_factory=list)
@@ -104,8 +106,7 @@ class Refit:
         """The dense normalised input from the compressed one if nothing but the cut happened: `[k, d]`."""
         if self.basis is None:
             return torch.eye(self.layout.families["hidden"], dtype=torch.float64)
-        d, k = self.basis.shape
-        return (d / k) ** 0.5 * self.basis.T
+        return lift(self.layout, self.basis)
 
     def reads(self, stage: Stage) -> None:
         """Refit what the stage reads to what its dense twin reads."""
@@ -174,7 +175,7 @@ class Refit:
         target = behind.double()
         weight = 1 / target.pow(2).mean(-1).clamp_min(1e-30)
         if self.basis is not None:
-            target = target @ self.basis
+            target = target @ self.basis * self.scale
         if self.layout.arch.stream == "post-norm":
             seen = self.small.observe(stage, number, [*modules, stage.after], modules)
             return seen.inputs, target - (seen.inputs[stage.after] - seen.outputs[modules[0]]), weight

@@ -102,11 +102,10 @@ def inner_moments(
         with captured(side.walk.model, names, outputs) as seen:
             after = side.walk.block(block, side.streams[number], side.arguments[number][block])
         for stage, writer in writers:
-            inner = batch.tokens(finite(seen.inputs[writer.module], writer.module))
-            stream = batch.tokens(seen.inputs[stage.norm]) if stage.norm else torch.ones(len(inner), 1)
-            unit = inner / stream.pow(2).mean(-1, keepdim=True).clamp_min(1e-30).sqrt()
-            # a batch's sum in float32: what is decided here is an order, under a ridge of a hundredth
-            total[writer.module] = total[writer.module] + (unit.T @ unit).double()
+            inner = batch.tokens(finite(seen.inputs[writer.module], writer.module)).double()
+            stream = batch.tokens(seen.inputs[stage.norm]).double() if stage.norm else torch.ones(len(inner), 1)
+            weighted = inner / stream.pow(2).mean(-1, keepdim=True).clamp_min(1e-30)
+            total[writer.module] = total[writer.module] + inner.T @ weighted
         for module in outputs:
             squares[module] = squares[module] + batch.tokens(seen.outputs[module]).double().pow(2).sum(0)
         side.streams[number] = after  # last: what the norms saw may be the stream itself

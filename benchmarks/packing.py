@@ -83,6 +83,18 @@ def texts(client: Client, lengths: np.ndarray, seed: int) -> tuple[list[str], li
     return found, tokens
 
 
+def geometry(ids: list[np.ndarray], longest: int) -> dict[str, float]:
+    """Cells that A, B and C feed for a real token: what padding alone costs, whoever computes it."""
+    lengths = np.array([len(i) for i in ids])
+    arrival, by_length = (
+        [order[i : i + BATCH] for i in range(0, len(ids), BATCH)]
+        for order in (np.arange(len(ids)), np.argsort(lengths, kind="stable"))
+    )
+    cells = {"A": len(ids) * longest, "B": sum(len(b) * lengths[b].max() for b in arrival)}
+    cells["C"] = sum(len(b) * lengths[b].max() for b in by_length)
+    return {name: round(float(count / lengths.sum()), 2) for name, count in cells.items()}
+
+
 def designs(
     written: list[str], ids: list[np.ndarray], longest: int, stock: dict[str, Any], ours: dict[str, Client]
 ) -> dict[str, Work]:
@@ -277,6 +289,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Figures]:
         made = {k: (w, int(lengths.sum())) for k, w in designs(written, ids, longest, stock, ours).items()}
         if options.designs:
             made = {k: v for k, v in made.items() if k in (*options.designs, "packed")}
+        print(name, "cells a real token:", json.dumps(geometry(ids, longest)))
         print(name, json.dumps(exactness(ids, stock, ours)), flush=True)
         found[name] = measure(made | {"GEMM bound": (bound, CALL)}, options.repeats, clock)
         print(table({name: found[name]}), flush=True)

@@ -10,8 +10,9 @@ import pytest
 from tersor.compress import How, apply, load_recipe
 from tersor.compress.catalogue import describe
 from tersor.compress.errors import GateMissed
+from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.reporting import report
-from tersor.export import nbits, runtime
+from tersor.export import int8, nbits, runtime
 from tersor.export.client import Client
 from tersor.export.onnx import Onnx
 from tersor.export.precision import PRECISIONS, dynamic_error
@@ -66,6 +67,21 @@ def test_what_an_outlier_would_drown_stays_and_is_named_as_in_the_checkpoint(
     assert report.precisions([{"step": "onnx", "artifact": {**manifest, "kept_float32": {}}}]) == [
         f"onnx: {name} in every product."
     ]
+
+
+def test_a_known_floor_halves_what_rounding_costs_behind_an_activation(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [np.random.default_rng(n).integers(4, 100, 20) for n in range(12)]
+    checkpoint, found = tiny("bert"), {}
+    for name, floors in (("known", int8.FLOORS), ("none", {}), ("wrong", {"Gelu": 0.0})):
+        monkeypatch.setattr(int8, "FLOORS", floors)
+        (tmp_path / name).mkdir()
+        Onnx(precision="int8").write(checkpoint, tmp_path / name, [])
+        found[name] = np.stack(Client(tmp_path / name, threads=1)(ids))
+    want = np.stack(TorchScorer(checkpoint)(ids))
+    known, none, wrong = (float(np.linalg.norm(found[name] - want)) for name in ("known", "none", "wrong"))
+    assert known < none < wrong
 
 
 @pytest.mark.parametrize("bits", [8, 4])

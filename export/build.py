@@ -76,6 +76,7 @@ def fill(
         "experts": checkpoint.layout.families["experts"],
         "chosen": experts.chosen(nodes[0]),
         "routers": experts.routers(model.graph),
+        "choices": [str(node.inputs[1].name) for node in nodes if node.inputs[1] is not None],
     }
     if speed:
         said["speed_over_whole"] = speed

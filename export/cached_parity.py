@@ -15,6 +15,7 @@ import torch
 from tersor.compress.errors import ParityMissed
 
 from . import parity
+from .experts_parity import Reference, parted, revealing
 from .generate import positions
 
 if TYPE_CHECKING:
@@ -92,14 +93,17 @@ def hold(checkpoint: Checkpoint, generator: Generator, samples: Sequence[Input])
         ParityMissed: a logit is further from float64 than the rule allows.
     """
     tokens = parity.sample(generator.artifact, samples)
-    exact, single = (parity.reference(checkpoint, tokens, dtype) for dtype in (torch.float64, torch.float32))
-    errors = [
-        parity.distance(answers, [exact[n] for n in numbers])
-        for numbers, answers in calls(generator, [one.ids for one in tokens])
-    ]
-    scale = max(float(np.abs(one).max()) for one in exact)
-    figures = parity.Figures.of(errors, parity.distance(single, exact), scale, len(tokens))
-    return parity.insist({"logits": figures})
+    stock, depth = Reference(checkpoint, tokens), checkpoint.layout.depth
+    errors, torch_error, scale = [], 0.0, 0.0
+    for numbers, answers in calls(revealing(generator), [one.ids for one in tokens]):
+        parts = [parted(answer, generator.artifact.vocab, depth) for answer in answers]
+        got = [logits for logits, _ in parts]
+        pairs = [stock(n, choices) for n, (_, choices) in zip(numbers, parts, strict=True)]
+        want, single = ([pair[side] for pair in pairs] for side in (0, 1))
+        errors.append(parity.distance(got, want))
+        torch_error = max(torch_error, parity.distance(single, want))
+        scale = max(scale, *(float(np.abs(one).max()) for one in want))
+    return parity.insist({"logits": parity.Figures.of(errors, torch_error, scale, len(tokens), stock.followed)})
 
 
 def hold_int8(checkpoint: Checkpoint, generator: Generator, samples: Sequence[Input]) -> dict[str, Any]:

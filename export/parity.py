@@ -50,12 +50,16 @@ class Figures:
     limit: float
     sequences: int
     calls: int
+    followed: int = 0
+    """Choices of experts in which the reference followed the artifact (experts_parity.py)."""
 
     @classmethod
-    def of(cls, errors: Sequence[float], torch_error: float, scale: float, sequences: int) -> Figures:
+    def of(
+        cls, errors: Sequence[float], torch_error: float, scale: float, sequences: int, followed: int = 0
+    ) -> Figures:
         """By the rule, from the errors of all calls. One that is not a number counts as the worst."""
         worst = float("nan") if any(np.isnan(errors)) else max(errors)
-        return cls(worst, torch_error, max(2 * torch_error, 1e-6 * scale), sequences, len(errors))
+        return cls(worst, torch_error, max(2 * torch_error, 1e-6 * scale), sequences, len(errors), followed)
 
     @property
     def holds(self) -> bool:
@@ -71,6 +75,7 @@ class Figures:
             "limit": self.limit,
             "sequences": self.sequences,
             "calls": self.calls,
+            **({"choices_followed": self.followed} if self.followed else {}),
         }
 
 
@@ -105,13 +110,14 @@ def reference(checkpoint: Checkpoint, tokens: Sequence[Tokens], dtype: torch.dty
     """The stock model's main output on each sequence alone: `[n_i, width]` logits or states."""
     model = checkpoint.model(dtype)
     with torch.no_grad():
-        outs = (model(**_asked(one)) for one in tokens)
+        outs = (model(**asked(one)) for one in tokens)
         return [(o.logits if hasattr(o, "logits") else o.last_hidden_state)[0].numpy() for o in outs]
 
 
-def _asked(one: Tokens) -> dict[str, torch.Tensor]:
-    asked = {"input_ids": one.ids} | ({} if one.types is None else {"token_type_ids": one.types})
-    return {name: torch.from_numpy(value)[None] for name, value in asked.items()}
+def asked(one: Tokens) -> dict[str, torch.Tensor]:
+    """The stock model's inputs for one sequence, `[1, n]` each."""
+    named = {"input_ids": one.ids} | ({} if one.types is None else {"token_type_ids": one.types})
+    return {name: torch.from_numpy(value)[None] for name, value in named.items()}
 
 
 def arrangements(lengths: Sequence[int], client: Client) -> Iterator[list[list[int]]]:
@@ -163,14 +169,23 @@ def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) 
 
 def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[Input]) -> dict[str, Figures]:
     """Figures by output name."""
+    from .experts_parity import Chosen, Reference
+
     ids = sample(client.artifact, samples)
-    exact, single = (reference(checkpoint, ids, d) for d in (torch.float64, torch.float32))
-    done = list(calls(client, ids))
+    done, stock = list(calls(client, ids)), Reference(checkpoint, ids)
+    wants = [
+        [stock(i, choices) for i, choices in zip(numbers, chosen, strict=True)]
+        for (numbers, _), chosen in zip(done, Chosen(client).calls(ids), strict=True)
+    ]
     found = {}
     for name in client.outputs:
-        want, plain = (by_output(name, v, client.artifact.pooling) for v in (exact, single))
-        errors = [distance(got[name], [want[i] for i in numbers]) for numbers, got in done]
-        found[name] = Figures.of(errors, distance(plain, want), _scale(want, by_norm=name != "logits"), len(ids))
+        errors, torch_error, scale = [], 0.0, 0.0
+        for (_, got), answers in zip(done, wants, strict=True):
+            want, plain = (by_output(name, v, client.artifact.pooling) for v in zip(*answers, strict=True))
+            errors.append(distance(got[name], want))
+            torch_error = max(torch_error, distance(plain, want))
+            scale = max(scale, _scale(want, by_norm=name != "logits"))
+        found[name] = Figures.of(errors, torch_error, scale, len(ids), stock.followed)
     return found
 
 

@@ -6,9 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from tersor.compress.errors import RecipeError
-from tersor.export import experts, experts_choice, runtime
+import torch
+from tersor.compress.errors import ParityMissed, RecipeError
+from tersor.export import experts, experts_choice, parity, runtime
+from tersor.export.client import Client
 from tersor.export.decoder import OnnxDecoder
+from tersor.export.experts_parity import Chosen, Routing
 from tersor.export.onnx import Onnx
 from tersor.export.ops import CONTRIB
 
@@ -166,8 +169,6 @@ def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
     for module in model.modules():
         if hasattr(module, "top_k") and hasattr(module, "weight"):
             module.register_forward_hook(lambda _m, _a, out: hit.update(out[2].unique().tolist()))
-    import torch
-
     with torch.no_grad():
         model(torch.arange(7)[None])
         assert hit == {0, 1}
@@ -175,6 +176,60 @@ def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
         assert hit == {0, 1, 2, 3}
     facts = Onnx().write(checkpoint, tmp_path, [np.arange(60, 80)] * 2)
     assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
+
+
+# --- parity where experts are chosen ----------------------------------------------------------------------------------
+
+
+def routers(checkpoint, factor: float = 1.0, flip: bool = False):
+    """The checkpoint with its routers scaled, or with their experts in reverse."""
+    for name in list(checkpoint.tensors):
+        if name.endswith("mlp.gate.weight"):
+            router = factor * checkpoint.tensors[name]
+            checkpoint.tensors[name] = router.flip(0) if flip else router
+    return checkpoint
+
+
+@pytest.mark.parametrize("exporter", [Onnx(), Onnx(inputs="padded"), OnnxDecoder()])
+def test_near_ties_are_judged_on_the_choices_of_the_artifact(exporter, tiny, tmp_path):
+    """A router so small that probabilities tie in float32: each side may choose otherwise and neither is wrong."""
+    checkpoint = routers(tiny("qwen2_moe", "text-generation"), 2.0**-22)
+    figures = exporter.write(checkpoint, tmp_path, samples())["parity"]["logits"]
+    assert figures["error"] <= figures["limit"] < 1e-4
+    assert figures["choices_followed"] > 0
+
+
+def test_ties_would_otherwise_fail_parity(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Chosen, "__call__", lambda _self, rows, _ids: [None for row in rows for _ in row])
+    with pytest.raises(ParityMissed, match="parity of logits"):
+        Onnx().write(routers(tiny("qwen2_moe", "text-generation"), 2.0**-22), tmp_path, samples())
+
+
+def test_choices_that_no_rounding_explains_miss_parity(tiny, tmp_path):
+    facts = Onnx().write(tiny("qwen2_moe", "text-generation"), tmp_path, samples())
+    assert "choices_followed" not in facts["parity"]["logits"]
+    with pytest.raises(ParityMissed, match="choices of experts"):
+        parity.hold(routers(tiny("qwen2_moe", "text-generation"), flip=True), Client(tmp_path, threads=1), samples())
+
+
+@each_class
+def test_a_forward_follows_the_choices_it_is_given(name, tiny):
+    checkpoint = tiny(name, "text-generation")
+    model, experts_ = checkpoint.model(), checkpoint.layout.arch.experts
+    shape = checkpoint.layout.families["experts"], getattr(checkpoint.config, experts_.active)
+    ids = torch.tensor(np.stack(samples()))
+
+    def run(given=None):
+        with Routing(*shape, given) as routing, torch.no_grad():
+            logits = model(ids).logits
+        return logits, np.stack([index.numpy() for index in routing.choices])
+
+    logits, choices = run()
+    again, repeated = run(choices)
+    other, _ = run((choices + 1) % shape[0])
+    assert torch.equal(again, logits)
+    assert np.array_equal(repeated, choices)
+    assert (other - logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

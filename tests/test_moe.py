@@ -155,7 +155,7 @@ def test_the_class_chooses_what_the_router_says(dense, source, options):
         wanted += order.numel()
     assert chosen / wanted >= 0.999
     assert all(router["kept"] >= 0.999 for router in details["router"])
-    assert all(router["weight_error"] < 0.2 for router in details["router"])
+    assert all(router["weight_error"] < 0.01 for router in details["router"])
 
 
 def test_too_small_a_scale_loses_choices(dense):
@@ -168,7 +168,7 @@ def test_too_small_a_scale_loses_choices(dense):
     assert share >= 0.9995
     assert kept(router, scale, x, 4, "softmax", torch.float32) >= 0.9995
     assert kept(router, scale / 4, x, 4, "softmax", torch.float32) < 0.9995
-    assert kept(router, 2.0**-20, x, 4, "softmax", torch.float32) < 0.98
+    assert kept(router, 2.0**-22, x, 4, "softmax", torch.float32) < 0.95
 
 
 # --- what helps ---------------------------------------------------------------------------------------------------
@@ -363,16 +363,18 @@ def test_the_recipe_runs(tmp_path):
 
 
 def test_distillation_helps_and_no_steps_change_nothing(dense):
-    def made(**options) -> tuple[float, Checkpoint]:
+    def made(**options) -> tuple[float, float, Checkpoint]:
         checkpoint = planted(dense("llama", intermediate_size=128), 8)
         wanted = output(checkpoint)
-        converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
-        return loss(checkpoint, wanted), checkpoint
+        details = converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
+        return sum(details["fit_per_layer"]["left after"]), loss(checkpoint, wanted), checkpoint
 
-    (plain, one), (zero, other) = made(), made(distill_steps=0)
+    (left, plain, one), (_, zero, other) = made(), made(distill_steps=0)
     assert zero == plain
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert made(distill_steps=150)[0] < 0.99 * plain
+    less, better, _ = made(distill_steps=150)
+    assert less < 0.96 * left
+    assert better < plain
 
 
 def test_distillation_without_a_refit_is_refused(dense):

@@ -140,7 +140,7 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
         scale, share = 0.0, 1.0
     else:
         x = torch.cat([x for x, _ in tokens])[:: max(1, tokens.count // CHECKED)]
-        scale = routers.MARGIN * routers.smallest_scale(raw, x, weights, method.dtype)[0]
+        scale = routers.smallest_scale(raw, x, weights, method.dtype)[0]
         share = routers.kept(raw, scale, x, cut.chosen, weights, method.dtype)
     router = (raw * scale).to(method.dtype)
     stored = router.float()

@@ -7,8 +7,8 @@ the ridge regression of all importances on the FFN's input, because every stock 
 
 Selection depends on the order of the logits alone. Scaled down far enough, the weight that a class gives a chosen
 expert (a softmax, a sigmoid) is nearly a known constant, which is folded into the weights; too far, and probabilities
-tie in float32. `smallest_scale` finds the smallest power of two at which the class still chooses as it should; what is
-stored is `MARGIN` times that.
+tie in float32. `smallest_scale` finds the smallest power of two at which the class still chooses as it should. What
+ties there scores alike, so that either choice is right (export/experts_parity.py holds artifacts to that).
 
 For comparison, and in no stock class: `mlp` (MoEfication), `analytic` (CMoE: each part's most typical unit, gate times
 up), and `oracle`, the true importance, which bounds what any router can do.
@@ -27,10 +27,6 @@ from .activations import Tokens
 from .cut import Cut
 
 RIDGE = 1e-2
-MARGIN = 64
-"""How much larger than the smallest scale a router is stored: what rounds otherwise (another runtime, another dtype)
-breaks ties otherwise, and another choice is another answer. At the smallest scale a few in ten thousand would differ,
-here a few in a million; weights vary by a few percent, which the refit takes into account."""
 KEPT = 0.999
 """Share of its selections that a stored router must repeat in its class."""
 SOUGHT = 0.9998

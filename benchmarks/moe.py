@@ -47,10 +47,10 @@ from tersor.export.ops import CONTRIB, Ops
 METHODS = {  # name → (method, share of the active parts that is shared)
     "energy": (Method("energy", refit=False), 1.0),
     "OBS + fit": (Method("surgeon"), 1.0),
-    "LLaMA-MoE": (Method("random", "linear", refit=False), 0.0),
+    "LLaMA-MoE": (Method("random", "ridge", refit=False), 0.0),
     "MoEfication": (Method("kmeans", "mlp", refit=False), 0.0),
     "CMoE": (Method("activation-rate", "analytic", refit=False), 0.5),
-    "oracle": (Method(router="oracle"), 0.5),
+    "oracle": (Method(router="oracle"), 0.25),
 }
 OURS = {
     "ours, no refit": {"refit": False},
@@ -115,8 +115,9 @@ def dense_ffn(gate_up: np.ndarray, down: np.ndarray, how: experts.Arithmetic) ->
     x = ir.Value(name="x", shape=ir.Shape(["tokens", width]), type=ir.TensorType(ir.DataType.FLOAT))
     gate, up = (gate_up[:, rows].reshape(-1, width) for rows in (slice(0, both // 2), slice(both // 2, both)))
     ops = Ops("dense")
-    whole = experts.Expert(gate, up, down.swapaxes(0, 1).reshape(width, -1), "silu")
-    answer = how.ffn(ops, ops, how.read(ops, x), whole)
+    lines = how.read(ops, x)
+    inner = ops("Mul", experts.activated(ops, how.whole(ops, lines, gate), "silu"), how.whole(ops, lines, up))
+    answer = how.whole(ops, how.read(ops, inner), down.swapaxes(0, 1).reshape(width, -1))
     answer.type, answer.shape = x.type, x.shape
     graph = ir.Graph([x], [answer], nodes=[], opset_imports={"": 23, CONTRIB: 1})
     ops.register(graph)
@@ -140,7 +141,7 @@ def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int])
     node = routed_node(width, ffn, parts, active)
     stacks = [experts.stored(value) for value in node.inputs[3:]]
     models = {f"dense {name}": dense_ffn(*stacks, how) for name, how in experts.ARITHMETIC.items()}
-    forms = ("branches", "moe", "branches-int8", "branches-blocks", "qmoe")
+    forms = ("slices", "moe", "slices-int8", "slices-blocks", "qmoe")
     models |= {form: experts_choice.alone(node, form) for form in forms}
     for count in threads:
         options = onnxruntime.SessionOptions()

@@ -1,6 +1,6 @@
 """Which form a mixture's experts take (experts.py): by a rule, or by a clock.
 
-The rule is the outcome of benchmarks/moe.py: branches are at no size slower than a dense FFN and are the fastest in
+The rule is the outcome of benchmarks/moe.py: slices are at no size slower than a dense FFN and are the fastest in
 float32; the int8 of an encoder or scorer keeps its own arithmetic in them; a decoder with eight-bit blocks takes QMoE,
 which reads one token's weights fastest, where its kernel takes the widths. Fixed shapes leave `whole` alone.
 
@@ -26,7 +26,7 @@ from . import experts, runtime
 from .nbits import BLOCK
 from .ops import CONTRIB
 
-Word = Literal["auto", "branches", "operator", "whole", "measure"]
+Word = Literal["auto", "slices", "operator", "whole", "measure"]
 Precision = Literal["float32", "int8", "blocks"]
 TOKENS = (1, 8, 128, 512)
 REPEATS = {1: 40, 8: 30, 128: 9, 512: 5}
@@ -50,10 +50,10 @@ def form_of(word: Word, precision: Precision, layout: Layout, static: bool = Fal
     if word == "operator":
         runtime.require(OPERATOR, "export: experts")
     if word == "operator" and not fits:
-        raise RecipeError("export: experts", "operator, whose kernel needs silu and widths of 32", "branches")
+        raise RecipeError("export: experts", "operator, whose kernel needs silu and widths of 32", "slices")
     if word == "operator" or (word == "auto" and precision == "blocks" and fits and runtime.knows(OPERATOR)):
         return "moe" if precision == "float32" else "qmoe"
-    found: experts.Form = f"{'whole' if word == 'whole' else 'branches'}{SUFFIX[precision]}"  # type: ignore[assignment]
+    found: experts.Form = f"{'whole' if word == 'whole' else 'slices'}{SUFFIX[precision]}"  # type: ignore[assignment]
     return found
 
 
@@ -66,9 +66,9 @@ def fits_operator(layout: Layout, precision: Precision) -> bool:
 def candidates(precision: Precision, layout: Layout) -> list[experts.Form]:
     """Forms that `measure` compares, `whole` first."""
     operator = fits_operator(layout, precision) and runtime.knows(OPERATOR)
-    words: list[Word] = ["whole", "branches", *(["operator"] if operator else [])]  # type: ignore[list-item]
+    words: list[Word] = ["whole", "slices", *(["operator"] if operator else [])]  # type: ignore[list-item]
     found = [form_of(word, precision, layout) for word in words]
-    return [*found, "branches-blocks"] if precision == "int8" else found
+    return [*found, "slices-blocks"] if precision == "int8" else found
 
 
 def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Form, dict[str, dict[str, float]]]:

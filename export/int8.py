@@ -142,7 +142,7 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         if x.name not in done:
             done[str(x.name)] = quantized_lines(ops, ops.reshape(x, -1, product.weight.shape[0]), floor)
         q, scale = done[str(x.name)]
-        y = multiplied(ops, ops, q, scale, product.weight, 128 if floor is None else 0)
+        y = ops("Mul", multiplied(ops, q, product.weight, 128 if floor is None else 0), scale)
         if floor:
             y = ops("Sub", y, ops.constant_array(floor * restored(product.weight).sum(0)))
         for use in node.outputs[0].uses():  # what comes is `[N, n]`, where `[1, N, n]` may have been split
@@ -185,18 +185,15 @@ def _floor(x: ir.Value) -> float | None:
     return None if node is None else FLOORS.get(node.op_type)
 
 
-def multiplied(
-    outer: Ops, ops: Ops, q: ir.Value, scale: ir.Value, weight: np.ndarray, zero: int = 128
-) -> ir.Value:
-    """Quantised lines, whose 0 is at `zero`, by a weight `[k, n]`, whose eight-bit form `outer` keeps."""
+def multiplied(ops: Ops, q: ir.Value, weight: np.ndarray, zero: int = 128) -> ir.Value:
+    """Quantised lines, whose 0 is at `zero`, by a weight `[k, n]`, whose eight-bit form `ops` keeps; not yet scaled."""
     small, per_column = columns(weight)
-    y = ops(
+    return ops(
         "MatMulIntegerToFloat",
-        *(q, outer.constant_array(small), ops.constant(1, np.float32), outer.constant_array(per_column)),
-        *(ops.constant(zero, np.uint8), outer.constant_array(np.zeros(len(per_column), np.int8))),
+        *(q, ops.constant_array(small), ops.constant(1, np.float32), ops.constant_array(per_column)),
+        *(ops.constant(zero, np.uint8), ops.constant_array(np.zeros(len(per_column), np.int8))),
         domain=CONTRIB,
     )
-    return ops("Mul", y, scale)
 
 
 def quantized_lines(ops: Ops, x: ir.Value, floor: float | None = None) -> tuple[ir.Value, ir.Value]:

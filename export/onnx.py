@@ -49,7 +49,7 @@ class Onnx(Exporter):
             the graph; `padded` one a row, otherwise the same; `packed-static` is for runtimes without dynamic shapes.
         precision: of products and tables, see above; products that it would hurt stay in float32 and are listed.
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
-        experts: how a mixture's experts run: `branches` of standard operators, ONNX Runtime's own `operator`, the
+        experts: how a mixture's experts run: `slices` of standard operators, ONNX Runtime's own `operator`, the
             `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (experts_choice.py).
         width: tokens in a row of `packed-static`.
         rows: rows in a call of `packed-static`.

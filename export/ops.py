@@ -33,12 +33,12 @@ class Ops:
         )
         return output
 
-    def split(self, x: ir.Value, count: int) -> list[ir.Value]:
-        """Equal parts along axis 0, in one node."""
+    def split(self, x: ir.Value, count: int, sizes: ir.Value | None = None, axis: int = 0) -> list[ir.Value]:
+        """Parts along an axis in one node: equal ones, or as long as `sizes` `[count]` say."""
         name = f"{self.prefix}_{len(self.nodes)}_Split"
         outputs = [ir.Value(name=f"{name}_{number}") for number in range(count)]
-        attributes = {"axis": 0, "num_outputs": count}
-        self.nodes.append(ir.node("Split", [x], attributes, outputs=outputs, name=f"{name}_node"))
+        inputs, attributes = ([x], {"num_outputs": count}) if sizes is None else ([x, sizes], {})
+        self.nodes.append(ir.node("Split", inputs, {"axis": axis, **attributes}, outputs=outputs, name=f"{name}_node"))
         return outputs
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:

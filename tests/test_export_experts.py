@@ -64,7 +64,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-FORMS = [("branches", 1e-5), ("whole", 1e-5), ("branches-int8", 0.06), ("branches-blocks", 0.04), ("whole-int8", 0.06)]
+FORMS = [("slices", 1e-5), ("whole", 1e-5), ("slices-int8", 0.06), ("slices-blocks", 0.04), ("whole-int8", 0.06)]
 OPERATORS = [pytest.param(form, limit, marks=needs_operator) for form, limit in (("moe", 1e-5), ("qmoe", 0.04))]
 
 
@@ -80,7 +80,7 @@ def test_every_form_is_the_sum(form, limit, tokens):
     assert relative(run(node, form, moved), wanted) > 0.1
 
 
-@pytest.mark.parametrize("form", ["branches", "branches-int8"])
+@pytest.mark.parametrize("form", ["slices", "slices-int8"])
 def test_one_expert_may_take_all_tokens_and_the_others_none(form):
     node = placeholder()
     feed = experts_choice.drawn(node, 9)
@@ -92,28 +92,28 @@ def test_an_eight_bit_answer_depends_on_its_token_alone():
     node, alone = placeholder(), experts_choice.drawn(placeholder(), 1)
     feed = {name: np.repeat(value, 5, axis=0) for name, value in alone.items()}
     feed["x"][1:] *= 100
-    assert np.array_equal(run(node, "branches-int8", feed)[0], run(node, "branches-int8", alone)[0])
+    assert np.array_equal(run(node, "slices-int8", feed)[0], run(node, "slices-int8", alone)[0])
 
 
-def test_branches_are_standard_operators():
-    graph = experts_choice.alone(placeholder(), "branches").graph
+def test_slices_are_standard_operators():
+    graph = experts_choice.alone(placeholder(), "slices").graph
     assert {node.domain for node in ir.traversal.RecursiveGraphIterator(graph)} == {""}
-    eight = experts_choice.alone(placeholder(), "branches-int8").graph
+    eight = experts_choice.alone(placeholder(), "slices-int8").graph
     assert CONTRIB in {node.domain for node in ir.traversal.RecursiveGraphIterator(eight)}
 
 
 def test_an_activation_that_no_form_has_is_refused():
     with pytest.raises(RecipeError, match="experts with tanh"):
-        experts_choice.alone(placeholder("tanh"), "branches")
+        experts_choice.alone(placeholder("tanh"), "slices")
 
 
 def test_the_clock_takes_what_is_never_slower(monkeypatch):
     node = placeholder()
     graph = ir.Graph([], [], nodes=[node])
     monkeypatch.setattr(experts_choice, "REPEATS", dict.fromkeys(experts_choice.TOKENS, 1))
-    form, ratios = experts_choice.measured(graph, ["whole", "branches"])
+    form, ratios = experts_choice.measured(graph, ["whole", "slices"])
     assert ratios["whole"] == dict.fromkeys(map(str, experts_choice.TOKENS), 1.0)
-    slower = min(ratios["branches"].values()) < experts_choice.EVEN
+    slower = min(ratios["slices"].values()) < experts_choice.EVEN
     assert form == "whole" if slower else form in ratios
 
 
@@ -124,7 +124,7 @@ def test_the_clock_takes_what_is_never_slower(monkeypatch):
 def test_a_stock_class_exports_with_packed_input(name, tiny, tmp_path):
     facts = Onnx().write(tiny(name, "text-generation"), tmp_path, samples())
     assert facts["packing"] == "packed"
-    assert facts["experts"]["form"] == "branches"
+    assert facts["experts"]["form"] == "slices"
     assert len(facts["experts"]["routers"]) == facts["experts"]["layers"] == 2
     assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
 
@@ -132,7 +132,7 @@ def test_a_stock_class_exports_with_packed_input(name, tiny, tmp_path):
 @each_class
 def test_a_stock_class_exports_in_eight_bits(name, tiny, tmp_path):
     facts = Onnx(precision="int8").write(tiny(name, "text-generation", hidden_size=64), tmp_path, samples())
-    assert facts["experts"]["form"] == "branches-int8"
+    assert facts["experts"]["form"] == "slices-int8"
     assert facts["parity"]["logits"]["packed_against_alone"] == 0
     model = ir.load(tmp_path / "model.onnx")
     products = {n.outputs[0].name: n.op_type for n in model.graph}
@@ -142,7 +142,7 @@ def test_a_stock_class_exports_in_eight_bits(name, tiny, tmp_path):
 @each_class
 def test_a_stock_class_decodes(name, tiny, tmp_path):
     facts = OnnxDecoder().write(tiny(name, "text-generation"), tmp_path, samples())
-    assert facts["experts"]["form"] == "branches"
+    assert facts["experts"]["form"] == "slices"
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_forward_follows_the_choices_it_is_given(name, tiny):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"inputs": "packed-static", "experts": "branches"}, "branches with inputs packed-static"),
+        ({"inputs": "packed-static", "experts": "slices"}, "slices with inputs packed-static"),
         ({"precision": "int8", "experts": "operator"}, "operator, whose kernel needs silu and widths of 32"),
     ],
 )

@@ -230,7 +230,7 @@ def test_promises_hold_and_are_missed(dense):
 
 
 def test_balanced_groups_are_nearly_the_best(tiny):
-    from tersor.compress.moe.partition import balanced
+    from tersor.compress.moe.assignment import balanced
 
     scipy = pytest.importorskip("scipy.optimize")
     cost = torch.rand(96, 8, generator=torch.Generator().manual_seed(1)).double()

@@ -48,8 +48,8 @@ class Method:
         dtype: in which the router will be stored.
     """
 
-    partition: str = "co-activation"
-    router: str = "linear"
+    partition: str = "caught"
+    router: str = "listwise"
     refit: bool = True
     ridge: float = 1e-3
     steps: int = 0

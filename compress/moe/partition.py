@@ -4,12 +4,8 @@
     shared         the units with the largest mean contribution
     co-activation  units are alike if they are among a token's largest contributions on the same tokens: centred
                    indicator columns `[tokens]`, projected at random to `SKETCH` dimensions while tokens stream by,
-                   then k-means with groups of equal size
-
-Groups of equal size are an assignment problem, for which others build an n × n matrix and solve it in n³ (CMoE,
-arXiv 2502.04416: 740 MB for a layer of 7B). Here each group gets a price at which demand is even, members choose, and
-then every pair of groups is split anew until nothing moves, which is exact for the pair: the members of both are sorted
-by the difference of their costs, and the cheaper half goes to each side. All of it costs n · groups · log n.
+                   then k-means with groups of equal size (assignment.py)
+    caught         from there, in turns with a router (regroup.py)
 
 Not parts to choose from but units to keep, where all active parts are shared: `energy`, and `surgeon`, which is what
 the slicing pass does to an FFN.
@@ -20,7 +16,6 @@ For comparison: `random` (LLaMA-MoE, arXiv 2406.16554), `kmeans` on the gate's r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +23,9 @@ from torch.nn import functional
 
 from ..slicing.obs import elimination_order, survivors
 from .activations import Tokens
+from .assignment import balanced
 from .cut import Cut
+from .regroup import regrouped
 
 SKETCH = 192
 MARKED = 8
@@ -36,7 +33,6 @@ MARKED = 8
 RATED = 10
 """Units that a token marks for `activation-rate` (CMoE's K)."""
 ROUNDS = 20
-SWEEPS = 30
 
 Partition = Callable[[Tokens, Cut, int], torch.Tensor]
 
@@ -49,64 +45,6 @@ def contribution(tokens: Tokens) -> torch.Tensor:
         total += (h.abs() * norms).sum(0, dtype=torch.float64)
         count += len(h)
     return total / count
-
-
-def balanced(cost: torch.Tensor) -> torch.Tensor:
-    """Groups of equal size with a small total cost.
-
-    Args:
-        cost: `[n, groups]` of having a member in a group; n is a multiple of groups.
-
-    Returns:
-        int64 `[n]`; no two groups can exchange members to lower the cost.
-    """
-    groups, count = rounded(priced(cost.double())), cost.shape[1]
-    dirty = torch.ones(count, dtype=torch.bool)
-    for _ in range(SWEEPS):
-        moved = torch.zeros(count, dtype=torch.bool)
-        for a in range(count):
-            for b in range(a + 1, count):
-                if not (dirty[a] or dirty[b] or moved[a] or moved[b]):
-                    continue
-                both = ((groups == a) | (groups == b)).nonzero().flatten()
-                order = both[(cost[both, a] - cost[both, b]).argsort(stable=True)]
-                split = torch.full_like(both, b)
-                split[: len(both) // 2] = a
-                if cost[order, split].sum() < cost[both, groups[both]].sum() * (1 - 1e-7):
-                    groups[order] = split
-                    moved[[a, b]] = True
-        dirty = moved
-        if not dirty.any():
-            break
-    return groups
-
-
-def priced(cost: torch.Tensor) -> torch.Tensor:
-    """The costs plus a price on each group at which demand is nearly even: entropic transport, annealed (Cuturi 2013).
-
-    Both are float64 `[n, groups]`.
-    """
-    price = torch.zeros(cost.shape[1], dtype=torch.float64)
-    share = math.log(len(cost) / cost.shape[1])
-    spread = float(cost.std()) or 1.0
-    for temperature in (spread / 2**step for step in range(1, 8)):
-        for _ in range(20):
-            demand = torch.log_softmax(-(cost + price) / temperature, dim=1).logsumexp(0)
-            price = price + temperature * (demand - share)
-    return cost + price
-
-
-def rounded(cost: torch.Tensor) -> torch.Tensor:
-    """Every member into the cheapest group that has room, those first whose second choice is dearest; int64 `[n]`."""
-    room = [len(cost) // cost.shape[1]] * cost.shape[1]
-    two = cost.topk(2, dim=1, largest=False).values
-    choices = cost.argsort(dim=1).tolist()
-    groups = [0] * len(cost)
-    for member in (two[:, 0] - two[:, 1]).argsort(stable=True).tolist():
-        group = next(group for group in choices[member] if room[group])
-        groups[member] = group
-        room[group] -= 1
-    return torch.tensor(groups)
 
 
 def grouped(features: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -158,6 +96,11 @@ def co_activation(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
     features = (sketch - share[:, None] * mean) / deviation[:, None]
     shared, rest = split_shared(total, cut)
     return ordered(shared, rest, grouped(features[rest].float(), cut.routed, seed))
+
+
+def caught(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
+    """Co-activation, then in turns with a router."""
+    return regrouped(tokens, cut, co_activation(tokens, cut, seed))
 
 
 def by_random(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
@@ -212,6 +155,7 @@ def by_surgeon(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
 
 
 PARTITIONS: dict[str, Partition] = {
+    "caught": caught,
     "co-activation": co_activation,
     "random": by_random,
     "kmeans": by_kmeans,

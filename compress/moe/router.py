@@ -1,9 +1,14 @@
 """Which parts a token needs: routers, how a stock class weights what they choose, and how small logits may be.
 
-A part's importance on a token is √Σ (h_u ‖down_u‖)² over its units. The router that ships is linear and closed-form,
-the ridge regression of all importances on the FFN's input, because every stock class can hold it:
+A part's importance on a token is √Σ (h_u ‖down_u‖)² over its units; its square is the energy e that is lost where the
+part is not chosen. The router that ships is linear, because every stock class can hold it. It starts from the ridge
+regression of all importances on the FFN's input and ends where the energy that it catches is likely to be largest:
 
-    W = argmin Σ ‖x W − importance‖² + λ‖W‖²,     λ = RIDGE · mean diagonal of Σ xᵀx
+    ridge       W = argmin Σ ‖x W − importance‖² + λ‖W‖²,     λ = RIDGE · mean diagonal of Σ xᵀx
+    listwise    W = argmin − Σ_tokens Σ_best e_part · log softmax(x W)_part     over each token's `chosen` largest
+
+The second is convex, weights a token by what is at stake on it, and leaves alone what is chosen by nobody (`STEPS` of
+Adam from the first; ListNet's cross-entropy, Cao et al. 2007, with energies for relevances).
 
 Selection depends on the order of the logits alone. Scaled down far enough, the weight that a class gives a chosen
 expert (a softmax, a sigmoid) is nearly a known constant, which is folded into the weights; too far, and probabilities
@@ -16,6 +21,7 @@ up), and `oracle`, the true importance, which bounds what any router can do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,6 +33,9 @@ from .activations import Tokens
 from .cut import Cut
 
 RIDGE = 1e-2
+STEPS = 300
+RATE = 0.05
+BATCH = 4096
 KEPT = 0.999
 """Share of its selections that a stored router must repeat in its class."""
 SOUGHT = 0.9998
@@ -44,18 +53,62 @@ def importance(h: torch.Tensor, norms: torch.Tensor, cut: Cut) -> torch.Tensor:
     return energy.reshape(len(h), cut.routed, cut.part).sum(2).sqrt()
 
 
-def linear(tokens: Tokens, cut: Cut) -> torch.Tensor:
+def ridge(tokens: Tokens, cut: Cut) -> torch.Tensor:
     """The closed-form router, float64 `[routed, hidden]`; tokens are those of the partitioned FFN."""
-    d = tokens.ffn.gate.shape[1]
-    gram = torch.zeros(d, d, dtype=torch.float64)
-    cross = torch.zeros(d, cut.routed, dtype=torch.float64)
+    gram, cross = torch.zeros(()), torch.zeros(())
     norms = tokens.ffn.norms
     for x, h in tokens:
-        x64 = x.double()
-        gram += x64.T @ x64
-        cross += x64.T @ importance(h, norms, cut).double()
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+        gram = gram + x.double().T @ x.double()
+        cross = cross + x.double().T @ importance(h, norms, cut).double()
+    return _solved(gram, cross)
+
+
+def regression(x: torch.Tensor, importances: torch.Tensor) -> torch.Tensor:
+    """The same from tokens `[n, hidden]` and their importances `[n, routed]`."""
+    return _solved(x.double().T @ x.double(), x.double().T @ importances.double())
+
+
+def _solved(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(gram + penalty, cross).T
+
+
+def listwise(tokens: Tokens, cut: Cut) -> torch.Tensor:
+    """The router that is fitted to the order of the parts, float64 `[routed, hidden]`."""
+    start = ridge(tokens, cut)
+    if not 0 < cut.chosen < cut.routed:
+        return start
+    x = torch.cat([x for x, _ in tokens])
+    return fitted(x, torch.cat([importance(h, tokens.ffn.norms, cut) for _, h in tokens]), cut.chosen, start)
+
+
+def fitted(x: torch.Tensor, importances: torch.Tensor, count: int, start: torch.Tensor) -> torch.Tensor:
+    """The listwise fit.
+
+    Args:
+        x: tokens `[n, hidden]`.
+        importances: `[n, routed]`.
+        count: parts that are chosen.
+        start: float64 `[routed, hidden]`, of any scale.
+
+    Returns:
+        float64 `[routed, hidden]`.
+    """
+    wanted = torch.where(choose(importances, count), importances.square(), 0)
+    wanted = wanted / wanted.sum(1).mean().clamp_min(1e-30)
+    size = x.std().clamp_min(1e-30)
+    logits = (x @ (start - start.mean(0)).T.float()).std().clamp_min(1e-30)
+    weight = ((start - start.mean(0)).float() * (size / logits)).requires_grad_()
+    optimizer, generator = torch.optim.Adam([weight], RATE), torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            drawn = torch.randint(len(x), (BATCH,), generator=generator)
+            loss = -(wanted[drawn] * functional.log_softmax(x[drawn] / size @ weight.T, dim=1)).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return weight.detach().double() / size
 
 
 def centre(tokens: Tokens, cut: Cut) -> torch.Tensor:
@@ -64,7 +117,7 @@ def centre(tokens: Tokens, cut: Cut) -> torch.Tensor:
     return rows.reshape(cut.routed, cut.part, -1).mean(1)
 
 
-LINEAR: dict[str, Callable[[Tokens, Cut], torch.Tensor]] = {"linear": linear, "centre": centre}
+LINEAR: dict[str, Callable[[Tokens, Cut], torch.Tensor]] = {"listwise": listwise, "ridge": ridge, "centre": centre}
 """Routers that a stock class can hold."""
 
 
@@ -179,7 +232,8 @@ def scored(router: torch.Tensor) -> Score:
 
 
 SCORES: dict[str, Callable[[Tokens, Cut, int], Score]] = {
-    "linear": lambda tokens, cut, _seed: scored(linear(tokens, cut)),
+    "listwise": lambda tokens, cut, _seed: scored(listwise(tokens, cut)),
+    "ridge": lambda tokens, cut, _seed: scored(ridge(tokens, cut)),
     "centre": lambda tokens, cut, _seed: scored(centre(tokens, cut)),
     "mlp": mlp,
     "analytic": analytic,

@@ -1,10 +1,11 @@
 """moe: the FFNs of a dense model become experts that a router chooses by token, in a stock class of transformers.
 
 Each gated FFN is cut into `experts` equal parts; `active` of them work on a token, of which `shared` on every one and
-the others chosen by a linear router. Nothing is trained: units that are large on the same tokens go together
-(moe/partition.py), the router is a ridge regression (moe/router.py), and the down projections are solved again under
-the routing, block by block, against the dense model (moe/convert.py). Without `refit` and with every expert active the
-result is the dense model. What comes out opens with plain transformers (moe/targets.py).
+the others chosen by a linear router. No gradient passes through the model: units go together whose energy a linear
+router catches together (moe/regroup.py), the router is a convex fit to which parts matter (moe/router.py), and the down
+projections are solved again under the routing, block by block, against the dense model (moe/convert.py). Without
+`refit` and with every expert active the result is the dense model. What comes out opens with plain transformers
+(moe/targets.py).
 
 The number of parameters stays (but for the router and padding to widths that transformers' kernels take): what falls
 is the work for a token.
@@ -51,10 +52,12 @@ class Moe(Pass):
     Attributes:
         experts: equal parts that an FFN is cut into; a divisor of its width.
         active: parts that a token uses, shared ones included.
-        shared: parts that every token uses; by default half of the active ones where the class holds any.
+        shared: parts that every token uses; by default a quarter of the active ones where the class holds any.
         target: the stock class of the result; `auto` takes the first that holds the model.
-        partition: which units go together; all but `co-activation` are there to be compared with.
-        router: how parts are chosen; `centre` (the mean direction of a part's gate rows) is there to be compared with.
+        partition: which units go together: `caught`, those whose energy a linear router catches together; the others
+            are there to be compared with, `co-activation` being where it starts.
+        router: how parts are chosen: `listwise`, fitted to their order; `ridge`, to their size, in closed form;
+            `centre`, the mean direction of a part's gate rows, is there to be compared with.
         refit: solve the down projections again under the routing.
         ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
         distill_steps: of training a block's experts to add what the dense model has behind them, before the refit;
@@ -70,8 +73,8 @@ class Moe(Pass):
     active: Count
     shared: Annotated[int, Field(ge=0)] | None = None
     target: Literal["auto", "qwen2_moe", "glm4_moe", "qwen3_moe", "mixtral", "granite_moe_shared"] = "auto"
-    partition: Literal["co-activation", "random", "kmeans", "activation-rate"] = "co-activation"
-    router: Literal["linear", "centre"] = "linear"
+    partition: Literal["caught", "co-activation", "random", "kmeans", "activation-rate"] = "caught"
+    router: Literal["listwise", "ridge", "centre"] = "listwise"
     refit: bool = True
     ridge: Annotated[float, Field(gt=0)] = 1e-3
     distill_steps: Annotated[int, Field(ge=0)] = 0
@@ -165,7 +168,7 @@ class Moe(Pass):
             raise RecipeError("moe", f"a mixture of experts already ({layout.arch.model_type})", "a dense model")
         if not layout.depth or any(gated_branch(layout, block) is None for block in range(layout.depth)):
             raise RecipeError("moe", f"{layout.arch.model_type}, whose FFN is not gated", "llama, mistral, qwen2, …")
-        options = [self.shared] if self.shared is not None else [self.active // 2, 0]
+        options = [self.shared] if self.shared is not None else [self.active // 4, min(1, self.active - 1), 0]
         for number, shared in enumerate(options):
             cut = Cut(layout.families["ffn"], self.experts, self.active, shared)
             cut.refuse()

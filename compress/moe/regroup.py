@@ -1,0 +1,57 @@
+"""Groups of units that a linear router can tell apart: partition and router in turns.
+
+Units that are large together need not be large where a linear router sees it coming. With the router fixed, what is
+caught when unit u lies in group g is a sum over the tokens on which g is chosen, so the best groups of equal size are
+an assignment; with the groups fixed, the router is a ridge regression:
+
+    caught[u, g] = Σ_tokens [g chosen] (h_u ‖down_u‖)²,     caught[u, shared] = Σ_tokens (h_u ‖down_u‖)²
+
+The shared groups take part in it, so they get the units that lose most by being chosen, not the largest ones. Turns
+are taken until the share that is caught falls, `TURNS` at most, on `TOKENS` tokens; the best turn counts. (CMoE assigns
+once, to activation patterns and without a router.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import router as routers
+from .activations import Tokens
+from .assignment import balanced
+from .cut import Cut
+
+TURNS = 8
+TOKENS = 8192
+
+
+def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
+    """A better partition, int64 `[ffn]`: the shared units, then each routed part's.
+
+    Args:
+        tokens: of the dense block.
+        cut: how it is cut.
+        order: the partition to start from.
+    """
+    if not 0 < cut.chosen < cut.routed:
+        return order
+    every = max(1, tokens.count // TOKENS)
+    norms = tokens.ffn.norms
+    x = torch.cat([x[::every] for x, _ in tokens])
+    energy = torch.cat([(h[::every] * norms).square() for _, h in tokens])
+    total = energy.sum(0, dtype=torch.float64)
+    groups = torch.empty_like(order)
+    groups[order] = torch.arange(cut.width) // cut.part
+    best, found = -1.0, groups
+    for _ in range(TURNS):
+        parts = torch.zeros(cut.width, cut.experts).scatter_(1, groups[:, None], 1.0)
+        energies = energy @ parts
+        routed = energies[:, cut.shared :]
+        on = routers.choose(x @ routers.regression(x, routed.sqrt()).T.float(), cut.chosen)
+        caught = float((routed * on).sum() + energies[:, : cut.shared].sum())
+        if caught <= best:
+            break
+        best, found = caught, groups
+        gain = (energy.T @ on.float()).double()
+        cost = -torch.cat([total[:, None].expand(-1, cut.shared), gain], dim=1) / total.mean().clamp_min(1e-300)
+        groups = balanced(cost)
+    return found.argsort(stable=True)

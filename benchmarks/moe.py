@@ -2,6 +2,7 @@
 
     python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3]
     python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
+    python benchmarks/moe.py model CHECKPOINT [--experts 16] [--active 4] [--threads 1 2]
 
 Quality: the text in windows of 256 tokens; of the first 60 %, 128 (drawn anew for each seed) calibrate, of the rest
 96 are scored, in float32. `excess` is the loss in nats a token above the dense model's. Every method sees the same
@@ -13,10 +14,11 @@ stock class holds is simulated (compress/moe/trial.py), ours is read back from t
     LLaMA-MoE       random parts, linear router
     MoEfication     k-means of the gate's rows, a trained MLP as router
     CMoE            parts by activation rate, half of them shared, analytic router
-    ours            co-activation, half shared, linear router; then with the refit; then with 1000 steps before it
+    ours            what `moe` does by default: without its refit, with it, and with 1000 steps of distillation before
     oracle          ours with the refit and a router that knows the importances
 
-Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN.
+Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
+checkpoint, dense and converted, both exported; times as fast as dense, by tokens in the call, and each block's load.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from tersor.compress.moe.trial import Trial
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.export import experts, experts_choice
+from tersor.export.client import Client
+from tersor.export.onnx import Onnx
 from tersor.export.ops import CONTRIB, Ops
 
 METHODS = {  # name → (method, share of the active parts that is shared)
@@ -94,6 +98,14 @@ def quality(directory: Path, text: Path, parts: int, shares: Sequence[float], se
                     again = Checkpoint.load(Path(beside))
                 found.setdefault((share, name), []).append(judge(again.model(), None, again.layout, judged) - dense)
             print_row(share, {n: v for (s, n), v in found.items() if s == share}, dense)
+
+
+def print_load(details: list[dict[str, list[float]]]) -> None:
+    """Busiest and idlest expert of each block, share of the tokens that choose it."""
+    shares = [sorted(block.values()) for block in details]
+    print("\n| block | " + " | ".join(map(str, range(len(shares)))) + " |\n| --- |" + " ---: |" * len(shares))
+    for name, place in (("idlest", 0), ("middle", len(shares[0]) // 2), ("busiest", -1)):
+        print(f"| {name} expert | " + " | ".join(f"{block[place]:.2f}" for block in shares) + " |")
 
 
 def print_row(share: float, rows: dict[str, list[float]], dense: float) -> None:
@@ -167,6 +179,39 @@ def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int])
             print(f"| {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
 
 
+def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> None:
+    """The whole model, exported dense and converted (fitted to drawn ids: speed does not depend on what it says)."""
+    draw = np.random.default_rng(0)
+    checkpoint = Checkpoint.load(directory)
+    vocab = checkpoint.layout.families["vocab"]
+    text = [draw.integers(0, vocab, 128) for _ in range(64)]
+    mixed, context = Checkpoint(checkpoint.layout, dict(checkpoint.tensors)), Context(text)
+    Moe(experts=parts, active=active, compare=False).apply(mixed, context)
+    print_load(context.details["load"])
+    with tempfile.TemporaryDirectory() as beside:
+        paths = {name: Path(beside, name) for name in ("dense", "experts", "dense int8", "experts int8")}
+        for name, path in paths.items():
+            path.mkdir()
+            source = checkpoint if "dense" in name else mixed
+            Onnx(precision="int8" if "int8" in name else "float32").write(source, path, text)
+        for count in threads:
+            clients = {name: Client(path, threads=count, tokens_per_call=1 << 20) for name, path in paths.items()}
+            print(f"\n{directory.name}, {active} of {parts} experts, threads: {count}; times as fast as dense\n")
+            print("| tokens | " + " | ".join(clients) + " |\n| ---: |" + " ---: |" * len(clients))
+            for tokens in experts_choice.TOKENS:
+                ids = [draw.integers(0, vocab, min(tokens, 128)) for _ in range(-(-tokens // 128))]
+                times: dict[str, list[float]] = {name: [] for name in clients}
+                for number in range({1: 100, 8: 60, 128: 15, 512: 7}[tokens] + 1):
+                    for name, client in clients.items():
+                        began = time.perf_counter()
+                        client(ids)
+                        if number:
+                            times[name].append(time.perf_counter() - began)
+                pairs = ((times["dense"], own) for own in times.values())
+                ratios = [statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in pairs]
+                print(f"| {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind")
@@ -180,10 +225,17 @@ def main() -> None:
     for name, value in (("width", 768), ("ffn", 3072), ("experts", 8), ("active", 2)):
         other.add_argument(f"--{name}", type=int, default=value)
     other.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    third = kinds.add_parser("model")
+    third.add_argument("checkpoint", type=Path)
+    for name, value in (("experts", 16), ("active", 4)):
+        third.add_argument(f"--{name}", type=int, default=value)
+    third.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
     if given.kind == "quality":
         torch.set_num_threads(1)
         quality(given.checkpoint, given.text, given.experts, given.active, given.seeds)
+    elif given.kind == "model":
+        model(given.checkpoint, given.experts, given.active, given.threads)
     else:
         asked = given if given.kind else other.parse_args([])
         speed(asked.width, asked.ffn, asked.experts, asked.active, asked.threads)

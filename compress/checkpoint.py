@@ -192,7 +192,7 @@ class Checkpoint:
                 None, config=config, state_dict=state, dtype=dtype
             )
         model.tie_weights()
-        if self.layout.arch.experts is not None and dtype == torch.float64:
+        if self.layout.arch.experts is not None and self.layout.arch.own is None and dtype == torch.float64:
             model.set_experts_implementation("eager")  # torch has no grouped product of float64
         return model
 

@@ -101,6 +101,8 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
     """
     from transformers import AutoConfig
 
+    from .moe.own import known
+
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text("utf-8"))
@@ -115,6 +117,7 @@ def read_config(directory: Path, task: str | None = None) -> Layout:
             f"{path}: quantization_config", "a quantised checkpoint", "plain weights", "Dequantise it first."
         )
     understood(architecture(raw["model_type"], str(path)), raw, str(path))
+    known(raw["model_type"])
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers' config validation raises many types; all mean the same to the user

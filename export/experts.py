@@ -23,11 +23,13 @@ transformers' own forms either do not trace (eager, grouped) or gather a copy of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from tersor.compress.moe.own import RoutedFfn
 
 from . import int8
 from .nbits import BLOCK, INTEGER, blocks
@@ -64,13 +66,27 @@ def place(
     return found
 
 
+def place_plain(module: RoutedFfn, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The same for experts without a gate, whose weights are one."""
+    own = module.experts
+    inputs = [x, index, torch.ones_like(index, dtype=x.dtype), own.up_proj, own.down_proj, own.up_bias]
+    attributes: dict[str, Any] = {"activation": module.act_name, "chosen": int(index.shape[1])}
+    found: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{PLACEHOLDER}", inputs, attributes, dtype=x.dtype, shape=tuple(x.shape), version=1
+    )
+    return found
+
+
 def prepare(model: torch.nn.Module) -> None:
-    """Have the experts of a transformers module leave placeholders; one without experts stays as it is."""
+    """Have the experts of a module leave placeholders; one without experts stays as it is."""
     from transformers.integrations.moe import ExpertsInterface
 
     if any(hasattr(module, "is_transposed") and hasattr(module, "has_gate") for module in model.modules()):
         ExpertsInterface.register(ROUTED, place)
         model.set_experts_implementation(ROUTED)  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, RoutedFfn):
+            module.routed = partial(place_plain, module)  # type: ignore[method-assign]
 
 
 def placeholders(graph: ir.Graph) -> list[ir.Node]:
@@ -109,8 +125,8 @@ def fill(graph: ir.Graph, form: Form) -> None:
     """Put `form` in the place of every placeholder, in place."""
     for number, node in enumerate(placeholders(graph)):
         ops = Ops(f"experts{number}")
-        x, index, weights, gate_up, down = (value for value in node.inputs if value is not None)
-        made = Stacks(stored(gate_up), stored(down), str(node.attributes["activation"].value))
+        x, index, weights, *stacks = (value for value in node.inputs if value is not None)
+        made = Stacks(*map(stored, stacks), act=str(node.attributes["activation"].value))
         if form in ("moe", "qmoe"):
             answer = operator(ops, x, index, weights, made, form, chosen(node))
         else:
@@ -120,7 +136,7 @@ def fill(graph: ir.Graph, form: Form) -> None:
         graph.insert_before(node, ops.nodes)
         node.outputs[0].replace_all_uses_with(answer, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        for value in (gate_up, down):
+        for value in stacks:
             if not value.uses():
                 graph.initializers.pop(str(value.name), None)
         if form not in ("slices", "whole"):
@@ -129,13 +145,19 @@ def fill(graph: ir.Graph, form: Form) -> None:
 
 @dataclass(frozen=True)
 class Stacks:
-    """All experts' weights, float32: gate over up `[experts, 2 · ffn, hidden]`, down `[experts, hidden, ffn]`, and the
-    activation.
+    """All experts' weights, float32.
+
+    Attributes:
+        reads: gate over up `[experts, 2 · ffn, hidden]`, or without a gate up alone.
+        writes: down `[experts, hidden, ffn]`.
+        bias: of up, `[experts, ffn]`; None with a gate.
+        act: the activation.
     """
 
     reads: np.ndarray
     writes: np.ndarray
-    act: str
+    bias: np.ndarray | None = None
+    act: str = "silu"
 
 
 class Arithmetic:
@@ -203,8 +225,13 @@ def slices(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: S
     token = ops("Div", order, slots)
     numbers = ops("ReduceSum", ops("Cast", chose, to=ir.DataType.INT64), ops.constant([1]), keepdims=0)
     read = [ops("Gather", part, token) for part in how.read(ops, x)]
-    gate, up = ops.split(how.sliced(ops, read, numbers, experts.reads), 2, axis=1)
-    inner = ops("Mul", activated(ops, gate, experts.act), up)
+    opened = how.sliced(ops, read, numbers, experts.reads)
+    if experts.bias is None:
+        gate, up = ops.split(opened, 2, axis=1)
+        inner = ops("Mul", activated(ops, gate, experts.act), up)
+    else:
+        bias = ops("Gather", ops.constant_array(experts.bias), ops("Gather", flat, order))
+        inner = activated(ops, ops("Add", opened, bias), experts.act)
     joined = how.sliced(ops, how.read(ops, inner), numbers, experts.writes)
     weighted = ops("Mul", joined, ops.unsqueeze(ops("Gather", ops.reshape(weights, -1), order), 1))
     back = ops("ScatterElements", flat, order, ops.range(ops.size(order)))
@@ -218,9 +245,13 @@ def whole(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: St
     rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
     zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
     mask = ops.unsqueeze(ops("ScatterElements", zeros, index, weights, axis=1), 2)
-    gate, up = (experts.reads[:, side].reshape(count * part, -1) for side in (slice(part), slice(part, None)))
     read = how.read(ops, x)
-    inner = ops("Mul", activated(ops, how.whole(ops, read, gate), experts.act), how.whole(ops, read, up))
+    gate = how.whole(ops, read, experts.reads[:, :part].reshape(count * part, -1))
+    if experts.bias is None:
+        up = how.whole(ops, read, experts.reads[:, part:].reshape(count * part, -1))
+        inner = ops("Mul", activated(ops, gate, experts.act), up)
+    else:
+        inner = activated(ops, ops("Add", gate, ops.constant_array(experts.bias.ravel())), experts.act)
     masked = ops.reshape(ops("Mul", ops.reshape(inner, -1, count, part), mask), -1, count * part)
     return how.whole(ops, how.read(ops, masked), experts.writes.swapaxes(0, 1).reshape(width, -1))
 

@@ -59,7 +59,8 @@ def form_of(word: Word, precision: Precision, layout: Layout, static: bool = Fal
 
 def fits_operator(layout: Layout, precision: Precision) -> bool:
     """Whether ONNX Runtime's operators take the model's experts."""
-    silu = getattr(layout.config, layout.arch.activation) in ("silu", "swish")
+    gated = layout.arch.experts is not None and layout.arch.experts.gated
+    silu = gated and getattr(layout.config, layout.arch.activation) in ("silu", "swish")
     return silu and (precision == "float32" or layout.families["hidden"] % BLOCK == 0)
 
 
@@ -99,7 +100,7 @@ def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Fo
 
 def alone(node: ir.Node, form: experts.Form) -> ir.Model:
     """A model of one placeholder: `x`, `index`, `weights` in, `y` out."""
-    weights = [experts.stored(value) for value in node.inputs[3:5]]
+    weights = [experts.stored(value) for value in node.inputs[3:]]
     width, count = weights[0].shape[2], experts.chosen(node)
     inputs = [
         _value("x", ir.DataType.FLOAT, width),

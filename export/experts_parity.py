@@ -5,8 +5,6 @@ Both are right and their answers differ. So float64 and float32 torch follow the
 and the choices are judged on their own: what was chosen must score within rounding of what was left out,
 
     max score left out − min score chosen  ≤  max(2 · max|scores fp32 − scores fp64|, 2⁻²² · max score)
-
-A stock class chooses by one `topk` of `[tokens, experts]` a block, which is where choices are read and put in.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from tersor.compress.errors import ParityMissed
+from tersor.compress.moe.routing import Routing, shape
 from tersor.compress.tokens import Tokens
-from torch.overrides import TorchFunctionMode
 
 from . import parity
 
@@ -32,52 +30,9 @@ if TYPE_CHECKING:
     from .client import Client
     from .generate import Generator
 
-TOPK = (torch.topk, torch.Tensor.topk)
 ROUNDING = 2.0**-22
 """Of the largest score: what two float32 evaluations of one score may differ by."""
 Answers = tuple[np.ndarray, np.ndarray]
-
-
-class Routing(TorchFunctionMode):
-    """While it is entered, the choices of a forward are recorded, or are those that were given.
-
-    Args:
-        experts: to choose from.
-        chosen: by a token.
-        given: int64 `[blocks, tokens, chosen]`, or None to let the model choose.
-
-    Attributes:
-        choices: int64 `[tokens, chosen]` a block.
-        scores: what was chosen by, `[tokens, experts]` a block.
-    """
-
-    def __init__(self, experts: int, chosen: int, given: np.ndarray | None = None):
-        super().__init__()
-        self.shape, self.given = (experts, chosen), given
-        self.choices: list[torch.Tensor] = []
-        self.scores: list[torch.Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Any call; only a router's is looked at."""
-        found = func(*args, **(kwargs or {}))
-        if func not in TOPK or args[0].ndim != 2 or (args[0].shape[1], found[1].shape[1]) != self.shape:
-            return found
-        scores, index = args[0], found[1]
-        if self.given is not None:
-            index = torch.from_numpy(self.given[len(self.choices)])
-            found = scores.gather(1, index), index
-        self.scores.append(scores)
-        self.choices.append(index)
-        return found
-
-    @property
-    def gap(self) -> float:
-        """By how much, at most, something left out scores above something chosen."""
-        gaps = [
-            scores.scatter(1, index, -torch.inf).amax(1) - scores.gather(1, index).amin(1)
-            for scores, index in zip(self.scores, self.choices, strict=True)
-        ]
-        return max(0.0, *(float(gap.max()) for gap in gaps))
 
 
 class Reference:
@@ -96,7 +51,7 @@ class Reference:
         self.models = [checkpoint.model(dtype) for dtype in (torch.float64, torch.float32)]
         self.shape: tuple[int, int] | None = None
         if experts is not None:
-            self.shape = checkpoint.layout.families["experts"], getattr(checkpoint.config, experts.active)
+            self.shape = shape(checkpoint.layout)
         self.followed = 0
         self._own: dict[int, np.ndarray] = {}
         self._known: dict[tuple[int, bytes], Answers] = {}

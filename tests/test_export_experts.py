@@ -8,10 +8,11 @@ import onnxruntime
 import pytest
 import torch
 from tersor.compress.errors import ParityMissed, RecipeError
+from tersor.compress.moe.routing import Routing
 from tersor.export import experts, experts_choice, parity, runtime
 from tersor.export.client import Client
 from tersor.export.decoder import OnnxDecoder
-from tersor.export.experts_parity import Chosen, Routing
+from tersor.export.experts_parity import Chosen
 from tersor.export.onnx import Onnx
 from tersor.export.ops import CONTRIB
 

@@ -278,7 +278,8 @@ def test_co_activation_finds_planted_groups(dense):
         ("llama", {}, {"active": 5}, "5 of 4 experts"),
         ("llama", {}, {"shared": 2}, "2 of 2 active experts"),
         ("qwen2_moe", {}, {}, "a mixture of experts already"),
-        ("gpt2", {}, {}, "whose FFN is not gated"),
+        ("gpt2", {}, {"target": "mixtral"}, "whose FFN has no gate"),
+        ("phi", {}, {}, "whose FFN cannot be cut"),
         ("llama", {"mlp_bias": True}, {}, "an FFN without biases"),
         ("qwen3", {}, {"target": "qwen2_moe"}, "qwen2_moe has no place for model.layers.0.self_attn"),
         ("llama", {}, {"target": "mixtral", "shared": 1}, "mixtral has no place for 1 shared experts"),
@@ -305,7 +306,7 @@ def test_a_dead_expert_is_refused(dense):
 def test_the_plan_is_what_comes_out(dense):
     checkpoint = dense("llama", intermediate_size=60)
     forecast = Moe(experts=4, active=3).requires(checkpoint.layout)
-    assert "slice" in forecast.notes[-1]
+    assert forecast.notes[-1] == "a token uses 45 of 60 FFN units (75%)"
     converted(checkpoint, active=3)
     assert checkpoint.layout.parameters == forecast.layout.parameters
 
@@ -325,6 +326,15 @@ def test_the_details_say_what_each_number_of_experts_costs(dense):
     assert all(len(layer) == details["experts"] for layer in details["load"])
     assert sum(details["load"][0].values()) == pytest.approx(details["active"])
     json.dumps(details)
+
+
+def test_where_pruning_is_as_good_the_details_say_so(dense):
+    """Random experts of an FFN whose units are all alike win nothing over units that are always there."""
+    checkpoint = dense("llama", intermediate_size=128)
+    details = converted(checkpoint, samples(60, 32), experts=8, active=6, shared=0, partition="random", compare=True)
+    said = [line for line in details["warnings"] if "use `slice` on ffn" in line]
+    assert bool(said) == (details["loss"]["pruned"] <= details["loss"]["experts"])
+    assert said
 
 
 def test_a_trial_is_the_loss_of_the_stored_class(dense):
@@ -380,3 +390,34 @@ def test_distillation_helps_and_no_steps_change_nothing(dense):
 def test_distillation_without_a_refit_is_refused(dense):
     with pytest.raises(RecipeError, match="distill_steps"):
         Moe(4, 2, refit=False, distill_steps=10).requires(dense("llama").layout)
+
+
+def test_recover_trains_router_and_experts_in_the_stock_class(dense):
+    """From end to end: the result is nearer to the dense model, its router still tiny, and the load is told."""
+    from tersor.compress.passes.recover import Recover
+
+    original = planted(dense("llama", intermediate_size=128), 8)
+    wanted, text = output(original), samples(64, 32)
+    checkpoint = Checkpoint(original.layout, dict(original.tensors))
+    details = converted(checkpoint, text, experts=8, active=2)
+    router = "model.layers.0.mlp.gate.weight"
+    before, moved = loss(checkpoint, wanted), checkpoint.tensors[router].clone()
+    context = Context(text, original=original)
+    Recover(steps=40, batch=16, learning_rate=3e-3).apply(checkpoint, context)
+    assert loss(checkpoint, wanted) < 0.9 * before
+    assert not torch.equal(checkpoint.tensors[router], moved)
+    assert checkpoint.tensors[router].abs().max() < 4 * moved.abs().max()
+    load = context.details["load_per_layer"]
+    assert load.keys() == {f"{name} {when}" for name in ("busiest", "idlest") for when in ("before", "after")}
+    assert load["busiest before"] == pytest.approx(details["load_per_layer"]["busiest"], abs=0.1)
+
+
+def test_the_load_counts_what_is_chosen(dense):
+    from tersor.compress.calibration.batches import batches
+    from tersor.compress.moe.routing import loads
+
+    checkpoint = dense("llama")
+    converted(checkpoint, active=2)
+    shares = loads(checkpoint.model(), checkpoint.layout, batches(samples(5) + samples(3, 9), checkpoint.layout))
+    assert [sum(block) for block in shares] == pytest.approx([checkpoint.config.num_experts_per_tok] * 2)
+    assert max(max(block) for block in shares) > min(min(block) for block in shares)

@@ -17,6 +17,8 @@ from ..axes import Dim, parse_dims
 from ..errors import RecipeError
 
 ANY: tuple[Any, ...] = ("<any>",)
+SUFFIX = "_routed"
+"""Of the `model_type` of an architecture whose FFN became experts in a class of tersor's own (_routed.py)."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,30 @@ class Experts:
         count: config attribute that counts the experts.
         active: config attribute that counts the chosen ones.
         weights: how a chosen expert's weight comes from the logits: its share of a softmax over all (`softmax`) or
-            over the chosen (`softmax of chosen`), or its sigmoid.
+            over the chosen (`softmax of chosen`), its sigmoid, or not at all (`one`).
+        gated: whether there is a gate; if not, `gate_up` is up alone, `[experts, ffn, hidden]`.
     """
 
     router: str
     gate_up: str
     down: str
     count: str
-    weights: Literal["softmax", "softmax of chosen", "sigmoid"]
+    weights: Literal["softmax", "softmax of chosen", "sigmoid", "one"]
     active: str = "num_experts_per_tok"
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class Own:
+    """Where experts stand in a block whose FFN has no gate: no stock class holds them, a class of tersor's own does.
+
+    Attributes:
+        ffn: the module of a block, named from the block on, that they replace.
+        passed: modules of a block that hand on what they get, for the experts have done their work.
+    """
+
+    ffn: str
+    passed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +163,8 @@ class Architecture:
     branches: tuple[Branch, ...]
     experts: Experts | None = None
     """Of a mixture of experts; every block has them."""
+    own: Own | None = None
+    """Where experts without a gate would stand (compress/moe/own.py)."""
     norm: Norm
     stream: Literal["pre-norm", "post-norm"]
     parallel: bool = False
@@ -263,6 +282,10 @@ def architecture(model_type: str, place: str = "config.json") -> Architecture:
         RecipeError: there is none; names those there are.
     """
     module = model_type.replace("-", "_")
+    if module.endswith(SUFFIX) and module.removesuffix(SUFFIX) in names():
+        base = architecture(module.removesuffix(SUFFIX), place)
+        if base.own is not None:
+            return importlib.import_module(f"{__name__}._routed").routed(base)  # type: ignore[no-any-return]
     if module not in names():
         raise RecipeError(
             f"{place}: model_type",

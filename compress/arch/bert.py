@@ -1,6 +1,6 @@
 """BERT: post-norm LayerNorm encoder, absolute positions, plain FFN. MiniLM and most sentence encoders are this."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm, linear
+from . import ANY, Architecture, Axis, Branch, Norm, Own, Param, layer_norm, linear
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@encoder.layer.{i}"
@@ -96,4 +96,5 @@ ARCHITECTURE = Architecture(
     },
     token_types=True,
     causal=False,
+    own=Own("intermediate", passed=("output.dense",)),
 )

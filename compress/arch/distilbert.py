@@ -1,6 +1,6 @@
 """DistilBERT: a BERT with other names, without token types and pooler."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, layer_norm, linear
+from . import ANY, Architecture, Axis, Branch, Norm, Own, Param, layer_norm, linear
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@transformer.layer.{i}"
@@ -78,4 +78,5 @@ ARCHITECTURE = Architecture(
     },
     activation="activation",
     causal=False,
+    own=Own("ffn"),
 )

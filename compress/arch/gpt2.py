@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm decoder with learned positions; weights lie transposed (Conv1D), q, k, v in one tensor."""
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm
+from . import ANY, Architecture, Axis, Branch, Norm, Own, Param, causal_heads, layer_norm
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@h.{i}"
@@ -72,4 +72,5 @@ ARCHITECTURE = Architecture(
         "add_cross_attention": (False,),
     },
     activation="activation_function",
+    own=Own("mlp"),
 )

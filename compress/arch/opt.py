@@ -3,7 +3,7 @@
 Understood in the form of every size but 350m, which puts its norms behind the additions and projects its embeddings.
 """
 
-from . import ANY, Architecture, Axis, Branch, Norm, Param, causal_heads, layer_norm, linear
+from . import ANY, Architecture, Axis, Branch, Norm, Own, Param, causal_heads, layer_norm, linear
 
 HEADS = "heads{i} * head_dim"
 LAYER = "@decoder.layers.{i}"
@@ -70,4 +70,5 @@ ARCHITECTURE = Architecture(
     },
     activation="activation_function",
     positions_count="mask",
+    own=Own("fc1", passed=("activation_fn", "fc2")),
 )

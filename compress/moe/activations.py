@@ -1,4 +1,5 @@
-"""A gated FFN and what it sees: h = act(gate x) ∘ (up x), y = down h, on the calibration tokens of one block.
+"""An FFN and what it sees on the calibration tokens of one block: h = act(gate x) ∘ (up x), y = down h; or, where there
+is no gate, h = act(up x + b), y = down h + c, for which x has a last coordinate that is one.
 
 Attention runs once a block and side; everything behind it is computed here from the stream in front of the FFN's
 norm, so that partition, router and refit may each pass over the tokens without running the model again.
@@ -22,12 +23,17 @@ HELD = 1 << 30
 """Bytes of one block's inner activations that are kept instead of being computed for each pass over the tokens."""
 
 
-def gated_branch(layout: Layout, block: int) -> Branch | None:
-    """The block's branch with a gate, an up and a down projection of `ffn`; None if it has none."""
-    last = layout.branches(block)[-1]
-    gated = len(last.reads) == 2 and last.inner == f"ffn{block}" and last.norm and not last.post_norm
-    fits = layout.arch.stream == "pre-norm" and not layout.arch.parallel and layout.arch.experts is None
-    return last if gated and fits else None
+def ffn_branch(layout: Layout, block: int) -> Branch | None:
+    """The block's branch of `ffn` units that can become experts; None if it has none.
+
+    It reads through a gate and an up projection, or through one projection where the architecture says where experts
+    without a gate would stand.
+    """
+    last, arch = layout.branches(block)[-1], layout.arch
+    if last.inner != f"ffn{block}" or not last.norm or last.post_norm or arch.parallel or arch.experts is not None:
+        return None
+    gated = len(last.reads) == 2 and arch.stream == "pre-norm"
+    return last if gated or (len(last.reads) == 1 and arch.own is not None) else None
 
 
 @dataclass(frozen=True)
@@ -35,36 +41,65 @@ class Ffn:
     """One block's FFN in a torch model.
 
     Attributes:
-        norm: the module in front of it.
-        gate, up: float32 `[ffn, hidden]`.
+        norm: the module in front of it, or behind the addition.
+        gate: float32 `[ffn, hidden]`, or where there is none up with its bias, `[ffn, hidden + 1]`.
+        up: float32 `[ffn, hidden]`; None without a gate.
         down: float32 `[hidden, ffn]`.
         act: the activation.
         scale: what the block multiplies the output by before it is added to the stream.
+        shift: c, float32 `[hidden]`; None with a gate.
+        post: whether the norm is behind the addition.
     """
 
     norm: nn.Module
     gate: torch.Tensor
-    up: torch.Tensor
+    up: torch.Tensor | None
     down: torch.Tensor
     act: Callable[[torch.Tensor], torch.Tensor]
     scale: float
+    shift: torch.Tensor | None = None
+    post: bool = False
 
     @classmethod
     def of(cls, walk: Walk, block: int) -> Ffn:
         """The FFN of a walked model's block."""
         from transformers.activations import ACT2FN
 
-        layout, branch = walk.layout, gated_branch(walk.layout, block)
+        layout, branch = walk.layout, ffn_branch(walk.layout, block)
         assert branch is not None
-        names = (*branch.reads, branch.writes)
-        gate, up, down = (walk.model.get_parameter(f"{name}.weight").detach() for name in names)
+        reads = [_matrix(walk, name, writes=False) for name in branch.reads]
+        down = _matrix(walk, branch.writes, writes=True)
         scale = float(getattr(layout.config, layout.arch.branch_scale, 1.0))
         act = ACT2FN[getattr(layout.config, layout.arch.activation)]
-        return cls(walk.model.get_submodule(branch.norm), gate, up, down, act, scale)
+        norm, post = walk.model.get_submodule(branch.norm), layout.arch.stream == "post-norm"
+        if len(reads) == 2:
+            return cls(norm, reads[0], reads[1], down, act, scale, None, post)
+        inner, outer = _bias(walk, branch.reads[0], len(reads[0])), _bias(walk, branch.writes, len(down))
+        return cls(norm, torch.cat([reads[0], inner[:, None]], dim=1), None, down, act, scale, outer, post)
+
+    def read(self, before: torch.Tensor) -> torch.Tensor:
+        """What the FFN reads of a stream `[…, hidden]`."""
+        x: torch.Tensor = before if self.post else self.norm(before)
+        return x if self.shift is None else torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations `[n, ffn]` of normalised tokens `[n, hidden]`."""
-        return self.act(x @ self.gate.T) * (x @ self.up.T)
+        """Activations `[n, ffn]` of tokens `[n, hidden]`."""
+        return self.with_rows(x, self.gate, self.up)
+
+    def with_rows(self, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+        """Activations of units with these rows."""
+        opened = self.act(x @ gate.T)
+        return opened if up is None else opened * (x @ up.T)
+
+    def outer(self, masked: torch.Tensor) -> torch.Tensor:
+        """What activations `[n, ffn]` add to the stream, `[n, hidden]`."""
+        y = masked @ self.down.T
+        return self.scale * (y if self.shift is None else y + self.shift)
+
+    def behind(self, total: torch.Tensor) -> torch.Tensor:
+        """The stream behind the block from the sum."""
+        found: torch.Tensor = self.norm(total) if self.post else total
+        return found
 
     @property
     def norms(self) -> torch.Tensor:
@@ -90,7 +125,7 @@ class Tokens:
             self._held = [self._compute(number) for number in range(len(data))]
 
     def _compute(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.data[number].tokens(self.ffn.norm(self.before[number]))
+        x = self.data[number].tokens(self.ffn.read(self.before[number]))
         return x, finite(self.ffn.inner(x), "the FFN")
 
     @property
@@ -104,11 +139,24 @@ class Tokens:
 
 
 def before_ffn(side: Side, block: int) -> list[torch.Tensor]:
-    """The streams behind the block's attention."""
-    branch = gated_branch(side.walk.layout, block)
+    """The streams behind the block's attention, `[batch, length, hidden]` each."""
+    branch = ffn_branch(side.walk.layout, block)
     assert branch is not None
+    module = branch.reads[0] if side.walk.layout.arch.stream == "post-norm" else branch.norm
     found = []
     for stream, arguments in zip(side.streams, side.arguments, strict=True):
-        seen = side.walk.observe(block, stream, arguments[block], [branch.norm])
-        found.append(seen.inputs[branch.norm])
+        seen = side.walk.observe(block, stream, arguments[block], [module])
+        found.append(seen.inputs[module].reshape(stream.shape))  # OPT flattens batch and length within a block
     return found
+
+
+def _matrix(walk: Walk, module: str, writes: bool) -> torch.Tensor:
+    """A module's weight as `[out, in]`, whichever way it lies."""
+    weight = walk.model.get_parameter(f"{module}.weight").detach()
+    rows = walk.layout.tensors[f"{module}.weight"].dims[0].sections
+    return weight if (rows == (("hidden",),)) == writes else weight.T
+
+
+def _bias(walk: Walk, module: str, size: int) -> torch.Tensor:
+    name = f"{module}.bias"
+    return walk.model.get_parameter(name).detach() if name in walk.layout.tensors else torch.zeros(size)

@@ -92,30 +92,33 @@ def _block(
     ffn = Ffn.of(side.walk, number)
     tokens = Tokens(ffn, before, data)
     order = PARTITIONS[method.partition](tokens, cut, seed + number)
-    side.streams = [
-        added(stream, batch, ffn.scale * (h @ ffn.down.T))
-        for stream, batch, (_, h) in zip(before, data, tokens, strict=True)
-    ]
+    wanted = [added(stream, batch, ffn.outer(h)) for stream, batch, (_, h) in zip(before, data, tokens, strict=True)]
+    side.streams = [ffn.behind(total) for total in wanted]
     del tokens
     before = before_ffn(small, number) if small is not side else before
     tokens = Tokens(partitioned(ffn, order), before, data)
     block = routed(tokens, cut, method, seed)
     if small is not side:
         if method.steps:
-            block = distilled(block, tokens, side.streams, method.steps, seed + number)
+            block = distilled(block, tokens, wanted, method.steps, seed + number)
             tokens = Tokens(block.ffn, before, data)
-        block = refitted(block, tokens, side.streams, method.ridge)
-        small.streams = [
-            added(stream, batch, ffn.scale * (block.masked(x, h) @ block.ffn.down.T))
-            for stream, batch, (x, h) in zip(before, data, tokens, strict=True)
-        ]
+        block = refitted(block, tokens, wanted, method.ridge)
+        small.streams = moved(block, tokens)
     block.details.update(observed(block, tokens))
     return block
 
 
 def partitioned(ffn: Ffn, order: torch.Tensor) -> Ffn:
     """The same FFN with its units in another order."""
-    return replace(ffn, gate=ffn.gate[order], up=ffn.up[order], down=ffn.down[:, order])
+    up = None if ffn.up is None else ffn.up[order]
+    return replace(ffn, gate=ffn.gate[order], up=up, down=ffn.down[:, order])
+
+
+def moved(block: Block, tokens: Tokens) -> list[torch.Tensor]:
+    """The streams behind a converted block, a batch each."""
+    steps = zip(tokens.before, tokens.data, tokens, strict=True)
+    totals = (added(stream, batch, block.ffn.outer(block.masked(x, h))) for stream, batch, (x, h) in steps)
+    return [block.ffn.behind(total) for total in totals]
 
 
 def added(stream: torch.Tensor, batch: Batch, what: torch.Tensor) -> torch.Tensor:
@@ -134,10 +137,12 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
             return Block(tokens.ffn, lambda x, _h: x.new_zeros(len(x), cut.routed), cut, None)
         score = routers.SCORES[method.router](tokens, cut, seed)
         return Block(tokens.ffn, lambda x, h: routers.choose(score(x, h), cut.chosen).float(), cut, None)
-    weights, factor = method.weights, 1 / routers.constant(cut, method.weights)
     raw = routers.normalised(routers.LINEAR[method.router](tokens, cut), tokens)
+    weights, factor = method.weights, 1 / routers.constant(cut, method.weights)
     if cut.chosen == cut.routed:  # nothing to choose: the constant is exact
         scale, share = 0.0, 1.0
+    elif weights == "one":
+        scale, share = 1.0, 1.0
     else:
         x = torch.cat([x for x, _ in tokens])[:: max(1, tokens.count // CHECKED)]
         scale = routers.smallest_scale(raw, x, weights, method.dtype)[0]
@@ -154,13 +159,15 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
 def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge: float) -> Block:
     """The block with its down projections solved for `wanted`, the streams behind it, a batch each."""
     ffn = block.ffn
-    fit = Regression(ffn.down.shape[1], ffn.down.shape[0])
+    shift = torch.zeros(len(ffn.down)) if ffn.shift is None else ffn.shift
+    fit = Regression(ffn.down.shape[1], ffn.down.shape[0], intercept=ffn.shift is not None)
     for stream, target, batch, (x, h) in zip(tokens.before, wanted, tokens.data, tokens, strict=True):
-        fit.add(block.masked(x, h), batch.tokens(target - stream) / ffn.scale)
+        fit.add(block.masked(x, h), batch.tokens(target - stream) / ffn.scale - shift)
     start = ffn.down.T.double()
-    found, _ = fit.solve(start, ridge)
-    block.details.update(left_before=fit.error(start), left_after=fit.error(found))
-    return replace(block, ffn=replace(ffn, down=found.T.float()))
+    found, constant = fit.solve(start, ridge)
+    block.details.update(left_before=fit.error(start), left_after=fit.error(found, constant))
+    shift = None if constant is None else (shift + constant).float()
+    return replace(block, ffn=replace(ffn, down=found.T.float(), shift=shift))
 
 
 def observed(block: Block, tokens: Tokens) -> dict[str, Any]:

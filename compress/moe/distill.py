@@ -38,9 +38,10 @@ def distilled(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], step
     x = torch.cat([x for x, _ in tokens])
     pairs = zip(tokens.before, wanted, tokens.data, strict=True)
     target = torch.cat([batch.tokens(behind - before) for before, behind, batch in pairs]) / ffn.scale
+    target = target if ffn.shift is None else target - ffn.shift
     size = float(target.square().mean())
     generator = torch.Generator().manual_seed(seed)
-    weights = [weight.clone().requires_grad_(True) for weight in (ffn.gate, ffn.up, ffn.down)]
+    weights = [weight.clone().requires_grad_(True) for weight in (ffn.gate, ffn.up, ffn.down) if weight is not None]
     unit = [max(float(weight.detach().square().mean().sqrt()), 1e-12) for weight in weights]
     optimizer = torch.optim.Adam([{"params": [w], "lr": RATE * u} for w, u in zip(weights, unit, strict=True)])
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -49,11 +50,11 @@ def distilled(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], step
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             drawn = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)
-            gate, up, down = weights
-            h = ffn.act(x[drawn] @ gate.T) * (x[drawn] @ up.T)
+            gate, *up, down = weights
+            h = ffn.with_rows(x[drawn], gate, up[0] if up else None)
             loss = (block.masked(x[drawn], h) @ down.T - target[drawn]).square().mean() / size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    gate, up, down = (weight.detach() for weight in weights)
-    return replace(block, ffn=replace(ffn, gate=gate, up=up, down=down))
+    gate, *up, down = (weight.detach() for weight in weights)
+    return replace(block, ffn=replace(ffn, gate=gate, up=up[0] if up else None, down=down))

@@ -119,11 +119,12 @@ def by_kmeans(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
 
 def by_rate(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
     """CMoE: how often a unit is among a token's `RATED` largest, on normalised rows; `seed` decides nothing."""
-    gate, up = (functional.normalize(w, dim=1) for w in (tokens.ffn.gate, tokens.ffn.up))
+    gate, up = (None if w is None else functional.normalize(w, dim=1) for w in (tokens.ffn.gate, tokens.ffn.up))
+    assert gate is not None
     marks = []
     for x, _ in tokens:
         unit = functional.normalize(x, dim=1)
-        h = tokens.ffn.act(unit @ gate.T) * (unit @ up.T)
+        h = tokens.ffn.with_rows(unit, gate, up)
         marks.append(torch.zeros(h.shape, dtype=torch.bool).scatter_(1, h.abs().topk(RATED, dim=1).indices, True))
     columns = torch.cat(marks)
     rate = columns.sum(0, dtype=torch.float64)

@@ -7,8 +7,9 @@ an assignment; with the groups fixed, the router is a ridge regression:
     caught[u, g] = Σ_tokens [g chosen] (h_u ‖down_u‖)²,     caught[u, shared] = Σ_tokens (h_u ‖down_u‖)²
 
 The shared groups take part in it, so they get the units that lose most by being chosen, not the largest ones. Turns
-are taken until the share that is caught falls, `TURNS` at most, on `TOKENS` tokens; the best turn counts. (CMoE assigns
-once, to activation patterns and without a router.)
+are taken until the share that is caught falls, `TURNS` at most, on `TOKENS` tokens; the best turn counts in which every
+routed group is chosen at least `IDLE` times as often as on average: what is caught alone would gather small units where
+nobody goes. (CMoE assigns once, to activation patterns and without a router.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .cut import Cut
 
 TURNS = 8
 TOKENS = 8192
+IDLE = 0.1
 
 
 def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,8 @@ def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
         routed = energies[:, cut.shared :]
         on = routers.choose(x @ routers.regression(x, routed.sqrt()).T.float(), cut.chosen)
         caught = float((routed * on).sum() + energies[:, : cut.shared].sum())
-        if caught <= best:
+        idle = float(on.sum(0).min()) < IDLE * len(x) * cut.chosen / cut.routed
+        if caught <= best or (idle and best >= 0):
             break
         best, found = caught, groups
         gain = (energy.T @ on.float()).double()

@@ -41,7 +41,7 @@ KEPT = 0.999
 SOUGHT = 0.9998
 """The share that is asked of the calibration tokens, so that others keep `KEPT`."""
 SCALES = range(-24, 3)
-Weights = Literal["softmax", "softmax of chosen", "sigmoid"]
+Weights = Literal["softmax", "softmax of chosen", "sigmoid", "one"]
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x `[n, hidden]`, h `[n, ffn]` in the partition's order) → scores `[n, routed]`."""
 
@@ -139,6 +139,8 @@ def choose(scores: torch.Tensor, count: int) -> torch.Tensor:
 def weigh(logits: torch.Tensor, count: int, weights: Weights) -> torch.Tensor:
     """What a stock class multiplies each part by, `[n, routed]`, 0 where it is not chosen; in float32, as it does."""
     logits = logits.float()
+    if weights == "one":
+        return choose(logits, count).float()
     if weights == "softmax of chosen":
         found = logits.topk(count, dim=1)
         return torch.zeros_like(logits).scatter_(1, found.indices, found.values.softmax(1))
@@ -149,7 +151,7 @@ def weigh(logits: torch.Tensor, count: int, weights: Weights) -> torch.Tensor:
 
 def constant(cut: Cut, weights: Weights) -> float:
     """The weight of a chosen part when all logits are zero."""
-    return {"softmax": 1 / cut.routed, "softmax of chosen": 1 / cut.chosen, "sigmoid": 0.5}[weights]
+    return {"softmax": 1 / cut.routed, "softmax of chosen": 1 / cut.chosen, "sigmoid": 0.5, "one": 1.0}[weights]
 
 
 def kept(
@@ -196,14 +198,15 @@ def analytic(tokens: Tokens, cut: Cut, seed: int) -> Score:
     """CMoE: |act(gate x) · up x| of each part's unit that is nearest to the part's mean activation."""
     ffn, start = tokens.ffn, cut.shared * cut.part
     unit = [functional.normalize(x, dim=1) for x, _ in tokens]
-    gate, up = (functional.normalize(w, dim=1) for w in (ffn.gate, ffn.up))
-    h = torch.cat([ffn.act(x @ gate.T) * (x @ up.T) for x in unit])
+    gate = functional.normalize(ffn.gate, dim=1)
+    up = None if ffn.up is None else functional.normalize(ffn.up, dim=1)
+    h = torch.cat([ffn.with_rows(x, gate, up) for x in unit])
     marks = torch.zeros_like(h).scatter_(1, h.abs().topk(10, dim=1).indices, 1.0)[:, start:]
     columns = marks.T.reshape(cut.routed, cut.part, -1)
     distance = (columns - columns.mean(1, keepdim=True)).abs().sum(2)
     typical = start + torch.arange(cut.routed) * cut.part + distance.argmin(1)
-    rows = gate[typical], up[typical]
-    return lambda x, _h: (ffn.act(x @ rows[0].T) * (x @ rows[1].T)).abs()
+    rows = gate[typical], None if up is None else up[typical]
+    return lambda x, _h: ffn.with_rows(x, *rows).abs()
 
 
 def mlp(tokens: Tokens, cut: Cut, seed: int, steps: int = 250, width: int = 64) -> Score:

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ..arch import SUFFIX
 from ..errors import RecipeError
 from ..layout import Layout, model_class
-from .activations import gated_branch
+from . import own_target
+from .activations import ffn_branch
 from .block import Block
 from .cut import Cut
 from .router import constant
@@ -64,6 +66,7 @@ class Target:
         folded: whether a chosen part's weight is made one by the down projection, not by the config.
         zeros: parameters and buffers that stay zero.
         multipliers: whether it multiplies embeddings, branches, scores and logits as the source does.
+        own: whether it is tersor's own class for FFNs without a gate (own.py), and no stock one.
     """
 
     model_type: str
@@ -74,6 +77,7 @@ class Target:
     folded: bool = True
     zeros: tuple[str, ...] = ()
     multipliers: bool = False
+    own: bool = False
 
 
 def windows(config: Any) -> set[int]:
@@ -175,6 +179,8 @@ def restated(layout: Layout, cut: Cut, target: Target) -> Layout:
     """The layout of the converted model in a stock class."""
     from transformers import AutoConfig
 
+    if target.own:
+        return own_target.restated(layout, cut)
     config = layout.config
     carried = {name: getattr(config, name) for name in CARRIED if hasattr(config, name)}
     rope = copy.deepcopy(config.rope_parameters)
@@ -219,8 +225,14 @@ def others(layout: Layout, names: Collection[str]) -> dict[str, tuple[int, ...]]
 
 def ffn_names(layout: Layout) -> set[str]:
     """The tensors of a dense model that its experts replace."""
-    branches = (gated_branch(layout, block) for block in range(layout.depth))
-    return {f"{name}.weight" for branch in branches if branch for name in (*branch.reads, branch.writes)}
+    branches = (ffn_branch(layout, block) for block in range(layout.depth))
+    return {
+        tensor
+        for branch in branches
+        if branch
+        for name in (*branch.reads, branch.writes)
+        for tensor in layout.stored(name)
+    }
 
 
 def experts_names(layout: Layout, target: Target) -> set[str]:
@@ -240,21 +252,27 @@ def shared_names(layout: Layout, target: Target) -> list[str]:
     return [f"{module}.weight" for module in (*own, branch.writes, *gate)]
 
 
-def find_target(layout: Layout, cut: Cut, name: str) -> tuple[str, Target]:
-    """The class asked for, or with `auto` the first that holds the model.
+def find_target(layout: Layout, cut: Cut, name: str) -> Target:
+    """The class asked for, or with `auto` the first that holds the model; tersor's own where the FFN has no gate.
 
     Raises:
         RecipeError: it cannot; says why.
     """
-    biases = [n for n in layout.tensors if ".mlp." in n and n.endswith(".bias")]
+    branch = ffn_branch(layout, 0)
+    if branch is not None and len(branch.reads) == 1:
+        if name != "auto":
+            found = f"{layout.arch.model_type}, whose FFN has no gate"
+            raise RecipeError(f"moe: target: {name}", found, "auto", "No stock class has experts without a gate.")
+        return Target(f"{layout.arch.model_type}{SUFFIX}", lambda _layout, _cut: {}, free=True, own=True)
+    biases = [name for name in ffn_names(layout) if name.endswith(".bias")]
     if biases:
-        raise RecipeError("moe", f"{biases[0]}", "an FFN without biases", "No stock class has biased experts.")
+        raise RecipeError("moe", min(biases), "an FFN without biases", "No stock class has biased experts.")
     reasons = {}
     for word, target in TARGETS.items():
         if name in ("auto", word):
             reasons[word] = why_not(layout, cut, target)
             if not reasons[word]:
-                return word, target
+                return target
     said = "; ".join(f"{word} has no place for {why}" for word, why in reasons.items())
     found = f"a {layout.arch.model_type} that fits no class ({said})"
     raise RecipeError(f"moe: target: {name}", found, "one that does")
@@ -267,9 +285,12 @@ def parts(weight: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 def stored(block: Block, layout: Layout, target: Target, number: int) -> dict[str, torch.Tensor]:
     """The tensors of converted block `number` in its class; `layout` is the class's."""
+    if target.own:
+        return own_target.stored(block, layout, number)
     cut, ffn, experts = block.cut, block.ffn, layout.arch.experts
     assert experts is not None
     assert block.router is not None
+    assert ffn.up is not None
     gate, up, down = (parts(weight, cut) for weight in (ffn.gate, ffn.up, ffn.down.T.double()))
     factor = 1 / constant(cut, experts.weights) if target.folded else 1.0
     made = {

@@ -21,7 +21,7 @@ from ..calibration.side import Side
 from ..layout import Layout
 from .activations import Tokens, before_ffn
 from .block import Block
-from .convert import Method, Track, added, convert
+from .convert import Method, Track, convert, moved
 from .cut import Cut
 
 
@@ -43,12 +43,7 @@ class Trial:
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Through the next block, as it was converted."""
-        before = before_ffn(self.side, self.number)
-        tokens = Tokens(block.ffn, before, self.data)
-        self.side.streams = [
-            added(stream, batch, block.ffn.scale * (block.masked(x, h) @ block.ffn.down.T))
-            for stream, batch, (x, h) in zip(before, self.data, tokens, strict=True)
-        ]
+        self.side.streams = moved(block, Tokens(block.ffn, before_ffn(self.side, self.number), self.data))
         self.number += 1
 
     def follow(self, blocks: Iterable[Block]) -> float:

@@ -1,11 +1,12 @@
 """moe: the FFNs of a dense model become experts that a router chooses by token, in a stock class of transformers.
 
-Each gated FFN is cut into `experts` equal parts; `active` of them work on a token, of which `shared` on every one and
+Each FFN is cut into `experts` equal parts; `active` of them work on a token, of which `shared` on every one and
 the others chosen by a linear router. No gradient passes through the model: units go together whose energy a linear
 router catches together (moe/regroup.py), the router is a convex fit to which parts matter (moe/router.py), and the down
 projections are solved again under the routing, block by block, against the dense model (moe/convert.py). Without
 `refit` and with every expert active the result is the dense model. What comes out opens with plain transformers
-(moe/targets.py).
+(moe/targets.py). FFNs without a gate (BERT, GPT-2, OPT) have no stock class to go to: theirs is tersor's own
+(moe/own.py), which plain transformers refuses, and what ships is the ONNX export.
 
 The number of parameters stays (but for the router and padding to widths that transformers' kernels take): what falls
 is the work for a token.
@@ -28,12 +29,12 @@ from ..calibration.side import Side
 from ..checkpoint import Check, Checkpoint
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
-from ..moe.activations import HELD, gated_branch
+from ..moe.activations import HELD, ffn_branch
 from ..moe.block import Block
 from ..moe.convert import Method, convert
 from ..moe.cut import Cut
 from ..moe.router import KEPT
-from ..moe.targets import TARGETS, Target, ffn_names, find_target, restated, stored
+from ..moe.targets import Target, ffn_names, find_target, restated, stored
 from ..moe.trial import bounds, by_count
 from ..pass_ import STRICT, Context, Forecast, Pass
 from .slice import too_few_tokens
@@ -41,13 +42,11 @@ from .slice import too_few_tokens
 Count = Annotated[int, Field(gt=0)]
 CURVE = 8
 """Numbers of experts, at most about, whose loss is measured."""
-EXPERTS_PAY = 0.75
-"""Active share from which on pruning units (`slice` on `ffn`) is as good (measured: benchmarks/moe.py)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Moe(Pass):
-    """Turn every gated FFN into experts, of which a token uses a few.
+    """Turn every FFN into experts, of which a token uses a few.
 
     Attributes:
         experts: equal parts that an FFN is cut into; a divisor of its width.
@@ -82,18 +81,19 @@ class Moe(Pass):
 
     def requires(self, layout: Layout) -> Forecast:
         """Find the class that can hold the result, and predict shapes and memory."""
-        cut, word = self._cut(layout)
-        after = restated(layout, cut, TARGETS[word])
+        cut, target = self._cut(layout)
+        after = restated(layout, cut, target)
         if self.distill_steps and not self.refit:
             raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
         units = self.active * cut.part
+        width = cut.part if target.own else cut.padded
         notes = [
-            f"{TARGETS[word].model_type}: {cut.routed} experts of {cut.padded} units, {cut.chosen} chosen by token"
+            f"{target.model_type}: {cut.routed} experts of {width} units, {cut.chosen} chosen by token"
             + (f", {cut.shared} shared" if cut.shared else ""),
             f"a token uses {units} of {cut.width} FFN units ({units / cut.width:.0%})",
         ]
-        if self.active < self.experts and units >= EXPERTS_PAY * cut.width:
-            notes.append(f"at {units / cut.width:.0%} active, `slice` on ffn is as good and needs no router")
+        if target.own:
+            notes.append("no stock class has experts without a gate: tersor opens it, its ONNX export runs anywhere")
         gram = 16 * cut.width * (cut.width + layout.families["hidden"]) if self.refit else 0
         memory = 4 * layout.parameters + 4 * after.parameters + gram + HELD
         return Forecast(after, memory, tuple(notes))
@@ -103,8 +103,8 @@ class Moe(Pass):
         began, layout = time.perf_counter(), checkpoint.layout
         if not context.calibration:
             raise PreflightError("moe", "no calibration data", "text to calibrate on")
-        cut, word = self._cut(layout)
-        target, after = TARGETS[word], restated(layout, cut, TARGETS[word])
+        cut, target = self._cut(layout)
+        after = restated(layout, cut, target)
         fitted, judged = self._divided(context, layout)
         assert after.arch.experts is not None
         method = Method(
@@ -162,18 +162,19 @@ class Moe(Pass):
 
         return [Check(f"{wanted['active']} of {wanted['experts']} experts are chosen", holds)]
 
-    def _cut(self, layout: Layout) -> tuple[Cut, str]:
+    def _cut(self, layout: Layout) -> tuple[Cut, Target]:
         """How the FFNs are cut, and into which class."""
         if layout.arch.experts is not None:
             raise RecipeError("moe", f"a mixture of experts already ({layout.arch.model_type})", "a dense model")
-        if not layout.depth or any(gated_branch(layout, block) is None for block in range(layout.depth)):
-            raise RecipeError("moe", f"{layout.arch.model_type}, whose FFN is not gated", "llama, mistral, qwen2, …")
-        options = [self.shared] if self.shared is not None else [self.active // 4, min(1, self.active - 1), 0]
+        if not layout.depth or any(ffn_branch(layout, block) is None for block in range(layout.depth)):
+            found = f"{layout.arch.model_type}, whose FFN cannot be cut"
+            raise RecipeError("moe", found, "llama, qwen2, gpt2, bert, …")
+        options = [self.shared] if self.shared is not None else [min(max(1, self.active // 4), self.active - 1), 0]
         for number, shared in enumerate(options):
             cut = Cut(layout.families["ffn"], self.experts, self.active, shared)
             cut.refuse()
             try:
-                return cut, find_target(layout, cut, self.target)[0]
+                return cut, find_target(layout, cut, self.target)
             except RecipeError:
                 if number == len(options) - 1:
                     raise

@@ -31,6 +31,9 @@ from ..pass_ import STRICT, Context, Forecast, Pass
 from ..tokens import Input, Tokens
 from ..train.learning import Learning
 
+LOADED = 64
+"""Sequences on which the load of experts is counted."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class Recover(Learning, Pass):
@@ -55,7 +58,7 @@ class Recover(Learning, Pass):
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Train, merge, cast."""
-        began = time.perf_counter()
+        began, before = time.perf_counter(), load(checkpoint, context)
         judged, learned = self._parts(context)
         lesson, layout = self.lesson("recover", checkpoint, context, learned), checkpoint.layout
         if self.lora is not None:
@@ -69,6 +72,10 @@ class Recover(Learning, Pass):
             trained=trained,
             seconds={"train": time.perf_counter() - began},
         )
+        if before:
+            told = {"before": before, "after": load(checkpoint, context)}
+            flat = {f"{name} {when}": shares for when, each in told.items() for name, shares in each.items()}
+            context.details["load_per_layer"] = flat
 
     def checks(self, details: Mapping[str, Any]) -> list[Check]:
         """Nothing of its own: it keeps what others promised."""
@@ -109,6 +116,17 @@ class Recover(Learning, Pass):
             return judge(gate, scores(TorchScorer(trial)), before).passed
 
         return met
+
+
+def load(checkpoint: Checkpoint, context: Context) -> dict[str, list[float]]:
+    """Of a mixture of experts: each block's largest and smallest share of tokens that choose one expert."""
+    from ..calibration.batches import batches
+    from ..moe.routing import loads
+
+    if checkpoint.layout.arch.experts is None:
+        return {}
+    found = loads(checkpoint.model(), checkpoint.layout, batches(context.calibration[:LOADED], checkpoint.layout))
+    return {"busiest": [max(shares) for shares in found], "idlest": [min(shares) for shares in found]}
 
 
 def matrices(layout: Layout) -> list[str]:

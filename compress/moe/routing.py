@@ -1,0 +1,83 @@
+"""What the routers of a torch model choose: recorded, put in, and counted.
+
+Every class chooses by one `topk` of `[tokens, experts]` a block, which is where choices are seen and replaced, whatever
+the class does before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..calibration.batches import Batch
+from ..layout import Layout
+
+TOPK = (torch.topk, torch.Tensor.topk)
+
+
+class Routing(TorchFunctionMode):
+    """While it is entered, the choices of a forward are recorded, or are those that were given.
+
+    Args:
+        experts: to choose from.
+        chosen: by a token.
+        given: int64 `[blocks, tokens, chosen]`, or None to let the model choose.
+
+    Attributes:
+        choices: int64 `[tokens, chosen]` a block.
+        scores: what was chosen by, `[tokens, experts]` a block.
+    """
+
+    def __init__(self, experts: int, chosen: int, given: np.ndarray | None = None):
+        super().__init__()
+        self.shape, self.given = (experts, chosen), given
+        self.choices: list[torch.Tensor] = []
+        self.scores: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any call; only a router's is looked at."""
+        found = func(*args, **(kwargs or {}))
+        if func not in TOPK or args[0].ndim != 2 or (args[0].shape[1], found[1].shape[1]) != self.shape:
+            return found
+        scores, index = args[0], found[1]
+        if self.given is not None:
+            index = torch.from_numpy(self.given[len(self.choices)])
+            found = scores.gather(1, index), index
+        self.scores.append(scores)
+        self.choices.append(index)
+        return found
+
+    @property
+    def gap(self) -> float:
+        """By how much, at most, something left out scores above something chosen."""
+        gaps = [
+            scores.scatter(1, index, -torch.inf).amax(1) - scores.gather(1, index).amin(1)
+            for scores, index in zip(self.scores, self.choices, strict=True)
+        ]
+        return max(0.0, *(float(gap.max()) for gap in gaps))
+
+
+def shape(layout: Layout) -> tuple[int, int]:
+    """How many experts a block of a mixture has, and how many a token chooses."""
+    experts = layout.arch.experts
+    assert experts is not None
+    return layout.families["experts"], int(getattr(layout.config, experts.active))
+
+
+@torch.no_grad()
+def loads(model: Any, layout: Layout, data: Sequence[Batch]) -> list[list[float]]:
+    """Share of the tokens that choose each expert, by block."""
+    total, count = torch.zeros(layout.depth, shape(layout)[0], dtype=torch.float64), 0
+    for batch in data:
+        with Routing(*shape(layout)) as routing:
+            model(**batch.inputs)
+        for block, choices in enumerate(routing.choices):
+            kept = choices if batch.real is None else choices[batch.real.flatten()]
+            total[block] += kept.flatten().bincount(minlength=total.shape[1])
+        count += len(kept)
+    found: list[list[float]] = (total / max(count, 1)).tolist()
+    return found

@@ -1,0 +1,113 @@
+"""`moe` where the FFN has no gate: tersor's own classes, exact with every expert, refused by plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.errors import RecipeError
+from tersor.compress.pass_ import Context
+from tersor.compress.passes.moe import Moe
+from tersor.export.onnx import Onnx
+
+CASES = [
+    ("gpt2", "text-generation"),
+    ("opt", "text-generation"),
+    ("bert", "feature-extraction"),
+    ("roberta", "fill-mask"),
+    ("distilbert", "feature-extraction"),
+]
+each = pytest.mark.parametrize(("name", "task"), CASES, ids=[name for name, _ in CASES])
+
+
+def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 100, length) for _ in range(count)]
+
+
+def output(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with torch.no_grad():
+        out = checkpoint.model(dtype)(torch.tensor(np.stack(samples(4, seed=9))))
+    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).double()
+
+
+def converted(checkpoint: Checkpoint, **options) -> dict:
+    context = Context(samples(200, 32))
+    Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
+    return context.details
+
+
+@each
+@pytest.mark.parametrize("shared", [0, 1])
+def test_all_experts_are_the_dense_model(name, task, shared, tiny, tmp_path):
+    checkpoint = tiny(name, task)
+    exact, single = output(checkpoint, torch.float64), output(checkpoint)
+    forecast = Moe(experts=4, active=4, shared=shared, refit=False).requires(checkpoint.layout)
+    converted(checkpoint, active=4, shared=shared, refit=False)
+    assert checkpoint.layout.parameters == forecast.layout.parameters
+    checkpoint.save(tmp_path)
+    again = Checkpoint.load(tmp_path, task)
+    assert type(again.model()).__name__.startswith("Routed")
+    error = (output(again) - exact).abs().max()
+    assert error <= max(2 * (single - exact).abs().max(), 1e-6 * exact.abs().max())
+    converted(fewer := tiny(name, task), active=2, shared=shared, refit=False)
+    assert (output(fewer) - exact).abs().max() > 1e-2
+
+
+@each
+def test_the_refit_helps(name, task, tiny):
+    def left(**options) -> float:
+        checkpoint = tiny(name, task)
+        wanted = output(checkpoint)
+        converted(checkpoint, **options)
+        return float((output(checkpoint) - wanted).square().mean())
+
+    assert left() < left(refit=False)
+
+
+def test_every_method_runs_without_a_gate(tiny):
+    for partition in ("random", "kmeans", "activation-rate", "co-activation"):
+        converted(tiny("gpt2", "text-generation"), partition=partition, router="ridge")
+    details = converted(tiny("bert", "feature-extraction"), distill_steps=5, compare=True)
+    assert details["loss"].keys() == {"dense", "oracle", "pruned", "experts"}
+
+
+@each
+def test_it_ships_as_onnx(name, task, tiny, tmp_path):
+    checkpoint = tiny(name, task)
+    converted(checkpoint)
+    facts = Onnx().write(checkpoint, tmp_path, samples())
+    assert facts["experts"]["form"] == "slices"
+    assert facts["packing"] == "packed"
+    for figures in facts["parity"].values():
+        assert figures["error"] <= figures["limit"]
+
+
+def test_eight_bits_leave_the_routers(tiny, tmp_path):
+    checkpoint = tiny("bert", "feature-extraction")
+    converted(checkpoint)
+    facts = Onnx(precision="int8").write(checkpoint, tmp_path, samples())
+    assert facts["experts"]["form"] == "slices-int8"
+    assert len(facts["experts"]["routers"]) == checkpoint.layout.depth
+
+
+def test_plain_transformers_refuses_the_directory(tiny, tmp_path):
+    """Without tersor nobody opens it as the dense model that it is not."""
+    import subprocess
+    import sys
+
+    checkpoint = tiny("gpt2", "text-generation")
+    converted(checkpoint)
+    checkpoint.save(Path(tmp_path))
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "gpt2_routed" in done.stderr
+
+
+def test_no_stock_class_takes_it(tiny):
+    with pytest.raises(RecipeError, match="No stock class has experts without a gate"):
+        Moe(experts=4, active=2, target="qwen2_moe").requires(tiny("bert", "feature-extraction").layout)

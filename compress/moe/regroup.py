@@ -9,7 +9,8 @@ an assignment; with the groups fixed, the router is a ridge regression:
 The shared groups take part in it, so they get the units that lose most by being chosen, not the largest ones. Turns
 are taken until the share that is caught falls, `TURNS` at most, on `TOKENS` tokens; the best turn counts in which every
 routed group is chosen at least `IDLE` times as often as on average: what is caught alone would gather small units where
-nobody goes. (CMoE assigns once, to activation patterns and without a router.)
+nobody goes. Where no turn gives that, units hardly depend on the token, and they are dealt out by size. (CMoE assigns
+once, to activation patterns and without a router.)
 """
 
 from __future__ import annotations
@@ -43,18 +44,25 @@ def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
     total = energy.sum(0, dtype=torch.float64)
     groups = torch.empty_like(order)
     groups[order] = torch.arange(cut.width) // cut.part
-    best, found = -1.0, groups
+    best, found, used = -1.0, groups, False
     for _ in range(TURNS):
         parts = torch.zeros(cut.width, cut.experts).scatter_(1, groups[:, None], 1.0)
         energies = energy @ parts
         routed = energies[:, cut.shared :]
         on = routers.choose(x @ routers.regression(x, routed.sqrt()).T.float(), cut.chosen)
         caught = float((routed * on).sum() + energies[:, : cut.shared].sum())
-        idle = float(on.sum(0).min()) < IDLE * len(x) * cut.chosen / cut.routed
-        if caught <= best or (idle and best >= 0):
+        busy = float(on.sum(0).min()) >= IDLE * len(x) * cut.chosen / cut.routed
+        if caught <= best or (used and not busy):
             break
-        best, found = caught, groups
+        best, found, used = caught, groups, busy
         gain = (energy.T @ on.float()).double()
         cost = -torch.cat([total[:, None].expand(-1, cut.shared), gain], dim=1) / total.mean().clamp_min(1e-300)
         groups = balanced(cost)
-    return found.argsort(stable=True)
+    return found.argsort(stable=True) if used else dealt(total, cut)
+
+
+def dealt(total: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Units dealt out by size, so that no routed part is large or small on every token: int64 `[ffn]`."""
+    order = total.argsort(descending=True, stable=True)
+    start = cut.shared * cut.part
+    return torch.cat([order[:start], order[start:].unflatten(0, (cut.part, cut.routed)).T.flatten()])

@@ -126,7 +126,8 @@ def fill(graph: ir.Graph, form: Form) -> None:
     for number, node in enumerate(placeholders(graph)):
         ops = Ops(f"experts{number}")
         x, index, weights, *stacks = (value for value in node.inputs if value is not None)
-        made = Stacks(*map(stored, stacks), act=str(node.attributes["activation"].value))
+        reads, writes, *bias = map(stored, stacks)
+        made = Stacks(reads, writes, str(node.attributes["activation"].value), *bias)
         if form in ("moe", "qmoe"):
             answer = operator(ops, x, index, weights, made, form, chosen(node))
         else:
@@ -150,14 +151,14 @@ class Stacks:
     Attributes:
         reads: gate over up `[experts, 2 · ffn, hidden]`, or without a gate up alone.
         writes: down `[experts, hidden, ffn]`.
-        bias: of up, `[experts, ffn]`; None with a gate.
         act: the activation.
+        bias: of up, `[experts, ffn]`; None with a gate.
     """
 
     reads: np.ndarray
     writes: np.ndarray
+    act: str
     bias: np.ndarray | None = None
-    act: str = "silu"
 
 
 class Arithmetic:

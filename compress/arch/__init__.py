@@ -285,7 +285,7 @@ def architecture(model_type: str, place: str = "config.json") -> Architecture:
     if module.endswith(SUFFIX) and module.removesuffix(SUFFIX) in names():
         base = architecture(module.removesuffix(SUFFIX), place)
         if base.own is not None:
-            return importlib.import_module(f"{__name__}._routed").routed(base)  # type: ignore[no-any-return]
+            return importlib.import_module(f"{__name__}._routed").routed(base)
     if module not in names():
         raise RecipeError(
             f"{place}: model_type",

@@ -166,8 +166,8 @@ def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge
     start = ffn.down.T.double()
     found, constant = fit.solve(start, ridge)
     block.details.update(left_before=fit.error(start), left_after=fit.error(found, constant))
-    shift = None if constant is None else (shift + constant).float()
-    return replace(block, ffn=replace(ffn, down=found.T.float(), shift=shift))
+    moved_to = None if constant is None else (shift + constant).float()
+    return replace(block, ffn=replace(ffn, down=found.T.float(), shift=moved_to))
 
 
 def observed(block: Block, tokens: Tokens) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from tersor.compress.errors import ParityMissed
+from tersor.compress.evaluate.tree import Tree, trees
 from tersor.compress.moe.routing import Routing, shape
 from tersor.compress.tokens import Tokens
 
@@ -142,7 +143,17 @@ class Chosen:
         self.names = list(client.artifact.manifest.get("experts", {}).get("choices", ()))
         self.session = probe(client.artifact.model_path, self.names) if self.names else None
 
-    def __call__(self, rows: Sequence[Sequence[int]], tokens: Sequence[Tokens]) -> list[np.ndarray | None]:
+    def calls(self, tokens: Sequence[Tokens]) -> Iterator[list[np.ndarray | None]]:
+        """In each call of `parity.calls`: `[blocks, n, chosen]` for every sequence, in the call's order."""
+        for rows in parity.arrangements(list(map(len, tokens)), self.client):
+            yield self(rows, tokens)
+        if self.client.artifact.trees:
+            shared, found = trees([one.ids for one in tokens]), dict[int, np.ndarray | None]()
+            for rows in self.client.plan(list(map(len, shared))):
+                found.update(zip((number for row in rows for number in row), self(rows, shared), strict=True))
+            yield [part for number, tree in enumerate(shared) for part in _split(tree, found[number])]
+
+    def __call__(self, rows: Sequence[Sequence[int]], tokens: Sequence[Tokens | Tree]) -> list[np.ndarray | None]:
         """`[blocks, n, chosen]` for every sequence of `rows`, in their order; None without experts."""
         flat = [number for row in rows for number in row]
         if self.session is None:
@@ -152,9 +163,15 @@ class Chosen:
         for first in range(0, len(rows), height):
             feed, _ = self.client.feed(rows[first : first + height], tokens)
             choices = np.stack(self.session.run(self.names, feed))
-            real = feed["attention_mask"].ravel() > 0
+            real = feed["attention_mask"].ravel() != 0
             found.append(choices[:, real] if choices.shape[1] == real.size else choices)
         return list(np.split(np.concatenate(found, 1), np.cumsum([len(tokens[n]) for n in flat])[:-1], axis=1))
+
+
+def _split(tree: Tree, choices: np.ndarray | None) -> list[np.ndarray | None]:
+    if choices is None:
+        return [None] * len(tree.sequences)
+    return [part.swapaxes(0, 1) for part in tree.split(choices.swapaxes(0, 1))]
 
 
 class Behind:

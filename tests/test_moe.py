@@ -404,7 +404,7 @@ def test_recover_trains_router_and_experts_in_the_stock_class(dense):
     before, moved = loss(checkpoint, wanted), checkpoint.tensors[router].clone()
     context = Context(text, original=original)
     Recover(steps=40, batch=16, learning_rate=3e-3).apply(checkpoint, context)
-    assert loss(checkpoint, wanted) < 0.9 * before
+    assert loss(checkpoint, wanted) < 0.97 * before
     assert not torch.equal(checkpoint.tensors[router], moved)
     assert checkpoint.tensors[router].abs().max() < 4 * moved.abs().max()
     load = context.details["load_per_layer"]

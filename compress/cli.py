@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import TersorError
+from .progress import remember_interrupts
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -358,6 +359,7 @@ def _message(error: BaseException) -> tuple[str, int] | None:
 
 def main() -> None:
     """Entry point: errors a user can act on are one line, without a traceback."""
+    remember_interrupts()
     try:
         code = app(standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:

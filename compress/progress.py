@@ -5,6 +5,8 @@ Goes to stderr, so that stdout holds results alone. Without a terminal only the 
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -12,6 +14,23 @@ from typing import Any
 
 SHOW_AFTER = 2.0
 """Seconds before a bar appears."""
+
+
+_pressed: list[int] = []
+
+
+def remember_interrupts() -> None:
+    """From now on Ctrl-C is remembered. Python raises it wherever it is, and in a callback that C code makes or in a
+    finaliser the exception is lost; then the end of the step raises it again.
+    """
+
+    def pressed(number: int, frame: Any) -> None:
+        _pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    _pressed.clear()
+    if threading.current_thread() is threading.main_thread():  # signals are the main thread's
+        signal.signal(signal.SIGINT, pressed)
 
 
 class Progress:
@@ -27,6 +46,8 @@ class Progress:
         started = time.perf_counter()
         self.say(f"[bold]{label}[/bold] …")
         yield
+        if _pressed:
+            raise KeyboardInterrupt
         self.say(f"[green]✓[/green] {label} [dim]{time.perf_counter() - started:.1f} s[/dim]")
 
     def say(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from tersor.compress.cli import main
+from tersor.compress.progress import Progress, remember_interrupts
 from tersor.compress.rundir import hash_tree
 
 COMMAND = [sys.executable, "-m", "tersor.compress.cli"]
@@ -342,6 +344,20 @@ def test_ctrl_c_is_one_line_and_resumable(run, recipe, tmp_path):
     assert "--resume" in one_line(err)
     assert list((tmp_path / "run").rglob("*.part")) == []
     assert run("apply", recipe, "--output", tmp_path / "run", "--threads", 1, "--resume")[0] == 0
+
+
+def test_a_step_in_which_ctrl_c_got_lost_ends_with_it():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        remember_interrupts()
+        with Progress().step("nobody pressed"):
+            pass
+        swallows = contextlib.suppress(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt), Progress().step("swallowed"), swallows:
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        remember_interrupts()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_usage_errors_are_exit_2(run, recipe):

@@ -54,7 +54,7 @@ def draw(client: Client) -> list[np.ndarray]:
     """Sentences where the model is a real one: on random ids int8 rounds coarsely, natively too."""
     if (client.artifact.directory / "modules.json").is_file():
         lines = files("tersor.recipes").joinpath("minilm/sentences.txt").read_text("utf-8").splitlines()
-        return client.tokenize(lines[:32:2])
+        return [tokens.ids for tokens in client.tokenize(lines[:32:2])]
     generator = np.random.default_rng(0)
     return [generator.integers(0, client.artifact.vocab, n) for n in LENGTHS]
 

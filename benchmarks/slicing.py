@@ -1,7 +1,7 @@
 """Perplexity, cost and speed against real parameters: slice beside SliceGPT, MoDeGPT and its own parts.
 
     python benchmarks/slicing.py CHECKPOINT TEXT [HELDOUT] [--remove 0.1 0.2 0.3] [--methods …] [--latency] [--rows F]
-    python benchmarks/slicing.py --rows F --plot FILE.svg
+    python benchmarks/slicing.py --rows F [--plot FILE.svg]
 
 Protocol: the text in windows of 256 tokens; of the first 60 % the first 128 calibrate, of the rest the first 96 are
 scored, or the first 96 of HELDOUT (weights as stored, computed in float32). Texts are plain or .jsonl. Every row at the
@@ -10,7 +10,7 @@ CPU seconds are summed over threads (wall clock says little on a shared machine)
 above that of the loaded model. With --latency also how many times faster than the dense model a prompt of 256 tokens
 and one more token are, in torch and in ONNX Runtime (slicing_speed.py). The baselines have no stock form
 (baselines/slicegpt.py, modegpt.py), so they have no ONNX file either. Rows are appended to --rows, so that a long table
-may be made in several runs.
+may be made in several runs; without a CHECKPOINT the table and the plot are of what lies there.
 """
 
 from __future__ import annotations
@@ -227,24 +227,30 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
+    if asked.checkpoint is None and (asked.rows is None or not asked.rows.is_file()):
+        parser.error("nothing to measure: expected CHECKPOINT TEXT, or --rows FILE of an earlier run")
+    if asked.checkpoint is not None and asked.text is None:
+        parser.error("no TEXT beside CHECKPOINT")
+    rows = [json.loads(text) for text in asked.rows.read_text("utf-8").splitlines()] if asked.checkpoint is None else []
     heads = ["method", "real reduction", "sizes", "perplexity", "CPU s (+ search)", "wall s", "MiB"]
     heads += list(HEADINGS.values()) if asked.latency else []
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
-    if asked.checkpoint:
-        for remove in asked.remove:
-            for method in asked.methods:
-                if method == "dense" and remove != asked.remove[0]:
-                    continue
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-                    texts = (asked.text, asked.heldout)
-                    arguments = (method, asked.checkpoint, texts, remove, asked.threads, asked.latency)
-                    row = child.submit(run, *arguments).result()
-                print(line(row, asked.latency), flush=True)
-                if asked.rows:
-                    with asked.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-    if asked.plot and asked.rows:
-        plot([json.loads(text) for text in asked.rows.read_text("utf-8").splitlines()], asked.plot)
+    for row in rows:
+        print(line(row, asked.latency))
+    for remove in asked.remove if asked.checkpoint else ():
+        for method in asked.methods:
+            if method == "dense" and remove != asked.remove[0]:
+                continue
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+                texts = (asked.text, asked.heldout)
+                arguments = (method, asked.checkpoint, texts, remove, asked.threads, asked.latency)
+                rows.append(child.submit(run, *arguments).result())
+            print(line(rows[-1], asked.latency), flush=True)
+            if asked.rows:
+                with asked.rows.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    if asked.plot:
+        plot(rows, asked.plot)
 
 
 if __name__ == "__main__":

@@ -164,9 +164,11 @@ METHODS: dict[str, tuple[str, Callable[[Trial], Row]]] = {
     "basis": ("one basis, weighted by the loss, no fits", lambda t: t.cut(["hidden"], NO_FIT)),
     "hidden": ("… + least squares: `on: [hidden]`", lambda t: t.cut(["hidden"], 1e-2)),
     "ffn": ("MLP units + least squares: `on: [ffn]`", lambda t: t.cut(["ffn"], 1e-2)),
+    "head_dim": ("narrower heads: `on: [head_dim]`", lambda t: t.sliced(on=["head_dim"])),
     "half": ("hidden and ffn, `split: 0.5`", lambda t: t.sliced(on=["hidden", "ffn"], split=0.5)),
     "slice": ("slice, as it comes", lambda t: t.sliced()),
 }
+DEFAULT = ["dense", *(name for name in METHODS if name != "head_dim")]
 HEADINGS = {"torch prefill": "torch: prompt", "torch decode": "torch: token", "onnx prefill": "ONNX: prompt",
             "onnx decode": "ONNX: token"}  # fmt: skip
 
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, nargs="?")
     parser.add_argument("heldout", type=Path, nargs="?")
     parser.add_argument("--remove", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=["dense", *METHODS])
+    parser.add_argument("--methods", nargs="+", choices=["dense", *METHODS], default=DEFAULT)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--rows", type=Path)

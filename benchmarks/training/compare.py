@@ -121,10 +121,12 @@ def compare(task: Task, seeds: int, only: list[str] | None) -> list[Method]:
             method.losses.append(losses)
         dense = chosen[0]
         gaps = [a - b for a, b in zip(method.scores, dense.scores, strict=True)]
-        half = t.ppf(0.975, seeds - 1) * statistics.stdev(gaps) / math.sqrt(seeds) if seeds > 1 else math.nan
+        spread = ""
+        if seeds > 1:
+            spread = f" ± {t.ppf(0.975, seeds - 1) * statistics.stdev(gaps) / math.sqrt(seeds):.2f}"
         share = statistics.mean(a / b for a, b in zip(method.counted, dense.counted, strict=True))
         mean = statistics.mean(method.scores)
-        print(f"| {method.name} | {mean:.3g} | {statistics.mean(gaps):+.2f} ± {half:.2f} | {share:.2f} |", flush=True)
+        print(f"| {method.name} | {mean:.3g} | {statistics.mean(gaps):+.2f}{spread} | {share:.2f} |", flush=True)
     return chosen
 
 

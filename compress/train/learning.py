@@ -51,7 +51,7 @@ class Learning(Training):
         continued: so many sequences are drawn from the original, each going on from a piece of the calibration text,
             and learned from beside it: a small text alone is soon known by heart.
         redrawn: share of the text's tokens that are, anew in each round through the text, others that the original
-            drew for their places. As good against that as `continued`, and nearly free.
+            drew for their places: against the same, for one pass of the original over the text.
         width: tokens of a row, at least those of the longest calibration sequence.
     """
 

@@ -1,9 +1,10 @@
-"""A checkpoint larger than the memory it is given: time and memory of slicing a random Llama of 1.1B parameters.
+"""A checkpoint larger than the memory it is given: time and memory of passes on a random Llama of 1.1B parameters.
 
-    python benchmarks/large.py [--memory 3GB] [--layers 22] [--tokens 4096] [--cgroup /sys/fs/cgroup/memory/NAME]
+    python benchmarks/large.py [--use slice] [--memory 3GB] [--layers 22] [--tokens 4096] [--cgroup /sys/fs/cgroup/NAME]
 
 The model (hidden 2048, 22 layers, 32 heads on 4, FFN 5632, vocabulary 32000, bfloat16 in shards) is written once, then
-sliced by `tersor apply --max-memory` in a process of its own, whose anonymous and resident memory is sampled. With
+changed by `tersor apply --max-memory` in a process of its own, whose anonymous and resident memory is sampled: sliced,
+or made 4 of 16 experts with the refit (`moe`) or without it (`moe-plain`). With
 --cgroup the kernel holds the process to the limit: an existing memory control group, v1 or v2, whose limit is set here.
 Random weights say nothing of quality; this is about bytes and seconds.
 """
@@ -29,9 +30,13 @@ model: {model}
 data:
   calibration: {{path: {text}, samples: {samples}, length: 256}}
 passes:
-  - use: slice
-    with: {{remove: 0.2, on: [hidden]}}
+  - {use}
 """
+USES = {
+    "slice": "{use: slice, with: {remove: 0.2, on: [hidden]}}",
+    "moe": "{use: moe, with: {experts: 16, active: 4, compare: false}}",
+    "moe-plain": "{use: moe, with: {experts: 16, active: 4, compare: false, refit: false}}",
+}
 
 
 def write_model(directory: Path, layers: int) -> int:
@@ -76,6 +81,7 @@ def limit(cgroup: Path, count: int) -> None:
 def main() -> None:
     """Write the model, slice it, print what it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--use", choices=USES, default="slice")
     parser.add_argument("--memory", default="3GB")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -87,7 +93,8 @@ def main() -> None:
         parameters = write_model(root / "model", arguments.layers)
         letters = np.random.default_rng(0).integers(97, 123, 4 * arguments.tokens).astype(np.uint8)
         (root / "text.txt").write_bytes(b"\n".join(bytes(line) for line in letters.reshape(-1, 256)))
-        recipe = RECIPE.format(model=root / "model", text=root / "text.txt", samples=arguments.tokens // 256)
+        facts = {"model": root / "model", "text": root / "text.txt", "samples": arguments.tokens // 256}
+        recipe = RECIPE.format(**facts, use=USES[arguments.use])
         (root / "large.yaml").write_text(recipe, "utf-8")
         command = [sys.executable, "-c", "from tersor.compress.cli import main; main()", "apply", root / "large.yaml"]
         command += ["--output", root / "run", "--max-memory", arguments.memory, "--threads", str(arguments.threads)]
@@ -107,16 +114,16 @@ def main() -> None:
         if process.returncode:
             sys.exit(f"tersor apply ended with {process.returncode}; peaks: {peaks}")
         journal = (root / "run" / "journal.jsonl").read_text("utf-8").splitlines()
-        step = next(entry for entry in map(json.loads, journal) if entry["step"] == "1-slice")
-        spent = step["details"]["seconds"]
+        step = next(entry for entry in map(json.loads, journal) if entry["step"].startswith("1-"))
+        spent = {name: count for name, count in step["details"]["seconds"].items() if round(count)}
         print(f"parameters                   {parameters:,} -> {step['scores']['parameters']:,}")
         print(f"float32, stored              {size(4 * parameters)}, {size(2 * parameters)}")
         print(f"allowed                      {arguments.memory}{' (by the kernel)' if join else ''}")
         print(f"peak anonymous memory        {size(peaks['RssAnon'])}")
         print(f"peak resident, files mapped  {size(peaks['VmHWM'])}")
         print(f"whole run                    {seconds:.0f} s, {arguments.tokens:,} tokens, {arguments.threads} threads")
-        print(f"measure, cut                 {spent['measure']:.0f} s, {spent['cut']:.0f} s")
-        print(f"a layer                      {(spent['measure'] + spent['cut']) / arguments.layers:.1f} s")
+        print(f"{', '.join(spent):28} {', '.join(f'{count:.0f} s' for count in spent.values())}")
+        print(f"a layer                      {sum(spent.values()) / arguments.layers:.1f} s")
 
 
 if __name__ == "__main__":

@@ -132,9 +132,9 @@ class Deferred(torch.Tensor):
                 cell = first.cell
                 return Deferred(first.shape[::-1], Cell(lambda: _value(cell).t()), first.known_as, first.store)
             if func is torch.ops.aten.copy_.default:
-                first.write(_plain(args[1]).expand(first.shape))
+                first.write(plain(args[1]).expand(first.shape))
                 return first
-        args, kwargs = tree_map_only(Deferred, _plain, (args, kwargs))
+        args, kwargs = tree_map_only(Deferred, plain, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -161,7 +161,7 @@ def lent(name: str, tensor: torch.Tensor, store: Store) -> Deferred:
 
 def own(name: str, tensor: torch.Tensor, store: Store) -> Deferred:
     """Like `tensor`, with a cell of its own: writing to one does not change the other."""
-    return Deferred(tensor.shape, Cell(lambda: _plain(tensor)), name, store)
+    return Deferred(tensor.shape, Cell(lambda: plain(tensor)), name, store)
 
 
 def trim() -> None:
@@ -173,7 +173,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or the value of a deferred one, made once for all its uses."""
     return tensor.value() if isinstance(tensor, Deferred) else tensor
 
 

@@ -244,6 +244,48 @@ def test_balanced_groups_are_nearly_the_best(tiny):
     assert float(cost.gather(1, start[:, None]).sum()) > 2 * best
 
 
+@pytest.mark.parametrize(("size", "count"), [(96, 8), (63, 7), (40, 2)])
+def test_no_two_groups_gain_by_an_exchange(size, count):
+    from tersor.compress.moe.assignment import balanced
+
+    cost = -torch.rand(size, count, generator=torch.Generator().manual_seed(2)).double()
+
+    def gain(groups: torch.Tensor) -> float:
+        """The most that swapping one member each wins for any two groups."""
+        own = cost.gather(1, groups[:, None])
+        change = cost[:, groups] - own  # member i where member j is
+        return -float((change + change.T).min())
+
+    assert gain(balanced(cost)) < 1e-12
+    assert gain(torch.arange(size) % count) > 0.1
+
+
+def test_everyone_meets_everyone_once():
+    from tersor.compress.moe.assignment import tournament
+
+    for count in (2, 5, 8):
+        rounds = tournament(count)
+        assert all(len(set(r.flatten().tolist())) == r.numel() for r in rounds)
+        met = sorted(tuple(sorted(pair)) for r in rounds for pair in r.tolist())
+        assert met == [(a, b) for a in range(count) for b in range(a + 1, count)]
+
+
+def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path):
+    from dataclasses import replace
+
+    dense("llama").save(tmp_path / "dense")
+    whole, lean = (Checkpoint.load(tmp_path / "dense", lean=late) for late in (False, True))
+    assert lean.lean
+    converted(whole)
+    context = Context(samples(), folder=tmp_path / "state")
+    judged = replace(lean, tensors=dict(lean.tensors))
+    Moe(experts=4, active=2, compare=True).apply(judged, replace(context, details={}))
+    Moe(experts=4, active=2, compare=False).apply(lean, context)
+    assert all(torch.equal(whole.tensors[name], lean.tensors[name]) for name in whole.tensors)
+    kept = {path.name.removesuffix(".safetensors") for path in (tmp_path / "state/weights").iterdir()}
+    assert kept == {name for name in lean.tensors if ".mlp." in name}
+
+
 def test_co_activation_finds_planted_groups(dense):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.calibration.side import Side
@@ -397,14 +439,14 @@ def test_recover_trains_router_and_experts_in_the_stock_class(dense):
     from tersor.compress.passes.recover import Recover
 
     original = planted(dense("llama", intermediate_size=128), 8)
-    wanted, text = output(original), samples(64, 32)
+    wanted, text = output(original), samples(640, 32)
     checkpoint = Checkpoint(original.layout, dict(original.tensors))
     details = converted(checkpoint, text, experts=8, active=2)
     router = "model.layers.0.mlp.gate.weight"
     before, moved = loss(checkpoint, wanted), checkpoint.tensors[router].clone()
     context = Context(text, original=original)
-    Recover(steps=40, batch=16, learning_rate=3e-3).apply(checkpoint, context)
-    assert loss(checkpoint, wanted) < 0.97 * before
+    Recover(steps=40, batch=16, learning_rate=1e-3).apply(checkpoint, context)
+    assert loss(checkpoint, wanted) < 0.95 * before
     assert not torch.equal(checkpoint.tensors[router], moved)
     assert checkpoint.tensors[router].abs().max() < 4 * moved.abs().max()
     load = context.details["load_per_layer"]

@@ -8,7 +8,7 @@ norm, so that partition, router and refit may each pass over the tokens without 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from ..arch import Branch
 from ..calibration.batches import Batch, finite
 from ..calibration.side import Side
+from ..deferred import plain
 from ..layout import Layout
 from ..walk import Walk
 
@@ -91,6 +92,11 @@ class Ffn:
         opened = self.act(x @ gate.T)
         return opened if up is None else opened * (x @ up.T)
 
+    def reordered(self, order: torch.Tensor) -> Ffn:
+        """The same FFN with its units in another order."""
+        up = None if self.up is None else self.up[order]
+        return replace(self, gate=self.gate[order], up=up, down=self.down[:, order])
+
     def outer(self, masked: torch.Tensor) -> torch.Tensor:
         """What activations `[n, ffn]` add to the stream, `[n, hidden]`."""
         y = masked @ self.down.T
@@ -124,8 +130,8 @@ class Tokens:
         if 4 * count * (ffn.gate.shape[0] + ffn.gate.shape[1]) <= HELD:
             self._held = [self._compute(number) for number in range(len(data))]
 
-    def _compute(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.data[number].tokens(self.ffn.read(self.before[number]))
+    def _compute(self, number: int, every: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.data[number].tokens(self.ffn.read(self.before[number]))[::every]
         return x, finite(self.ffn.inner(x), "the FFN")
 
     @property
@@ -136,6 +142,20 @@ class Tokens:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(self._held) if self._held is not None else map(self._compute, range(len(self.data)))
+
+    def some(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same, of every n-th token, so that they are hardly more than `count`."""
+        every = max(1, self.count // count)
+        if self._held is not None:
+            return ((x[::every], h[::every]) for x, h in self._held)
+        return (self._compute(number, every) for number in range(len(self.data)))
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Put the FFN's units into another order."""
+        self.ffn = self.ffn.reordered(order)
+        if self._held is not None:
+            for number, (x, h) in enumerate(self._held):
+                self._held[number] = x, h[:, order]
 
 
 def before_ffn(side: Side, block: int) -> list[torch.Tensor]:
@@ -152,7 +172,7 @@ def before_ffn(side: Side, block: int) -> list[torch.Tensor]:
 
 def _matrix(walk: Walk, module: str, writes: bool) -> torch.Tensor:
     """A module's weight as `[out, in]`, whichever way it lies."""
-    weight = walk.model.get_parameter(f"{module}.weight").detach()
+    weight = plain(walk.model.get_parameter(f"{module}.weight").detach())
     rows = walk.layout.tensors[f"{module}.weight"].dims[0].sections
     return weight if (rows == (("hidden",),)) == writes else weight.T
 

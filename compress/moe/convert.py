@@ -94,9 +94,12 @@ def _block(
     order = PARTITIONS[method.partition](tokens, cut, seed + number)
     wanted = [added(stream, batch, ffn.outer(h)) for stream, batch, (_, h) in zip(before, data, tokens, strict=True)]
     side.streams = [ffn.behind(total) for total in wanted]
-    del tokens
-    before = before_ffn(small, number) if small is not side else before
-    tokens = Tokens(partitioned(ffn, order), before, data)
+    if small is side:
+        tokens.reorder(order)
+    else:
+        del tokens
+        before = before_ffn(small, number)
+        tokens = Tokens(ffn.reordered(order), before, data)
     block = routed(tokens, cut, method, seed)
     if small is not side:
         if method.steps:
@@ -106,12 +109,6 @@ def _block(
         small.streams = moved(block, tokens)
     block.details.update(observed(block, tokens))
     return block
-
-
-def partitioned(ffn: Ffn, order: torch.Tensor) -> Ffn:
-    """The same FFN with its units in another order."""
-    up = None if ffn.up is None else ffn.up[order]
-    return replace(ffn, gate=ffn.gate[order], up=up, down=ffn.down[:, order])
 
 
 def moved(block: Block, tokens: Tokens) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from ..slicing.obs import elimination_order, survivors
 from .activations import Tokens
 from .assignment import balanced
 from .cut import Cut
-from .regroup import regrouped
+from .regroup import TOKENS, regrouped
 
 SKETCH = 192
 MARKED = 8
@@ -82,7 +82,7 @@ def co_activation(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
     rate = torch.zeros(cut.width, dtype=torch.float64)
     mean = torch.zeros(SKETCH, dtype=torch.float64)
     total, count = torch.zeros(cut.width, dtype=torch.float64), 0
-    for _, h in tokens:
+    for _, h in tokens.some(TOKENS):
         size = h.abs() * norms
         marks = torch.zeros_like(size).scatter_(1, size.topk(marked, dim=1).indices, 1.0)
         signs = torch.randn(len(h), SKETCH, generator=generator) / SKETCH**0.5

@@ -37,11 +37,11 @@ def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
     """
     if not 0 < cut.chosen < cut.routed:
         return order
-    every = max(1, tokens.count // TOKENS)
     norms = tokens.ffn.norms
-    x = torch.cat([x[::every] for x, _ in tokens])
-    energy = torch.cat([(h[::every] * norms).square() for _, h in tokens])
-    total = energy.sum(0, dtype=torch.float64)
+    seen = [(x, (h * norms).square()) for x, h in tokens.some(TOKENS)]
+    x, energy = (torch.cat(part) for part in zip(*seen, strict=True))
+    del seen
+    total, router = energy.sum(0, dtype=torch.float64), routers.regression(x)
     groups = torch.empty_like(order)
     groups[order] = torch.arange(cut.width) // cut.part
     best, found, used = -1.0, groups, False
@@ -49,7 +49,7 @@ def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:
         parts = torch.zeros(cut.width, cut.experts).scatter_(1, groups[:, None], 1.0)
         energies = energy @ parts
         routed = energies[:, cut.shared :]
-        on = routers.choose(x @ routers.regression(x, routed.sqrt()).T.float(), cut.chosen)
+        on = routers.choose(x @ router(routed.sqrt()).T.float(), cut.chosen)
         caught = float((routed * on).sum() + energies[:, : cut.shared].sum())
         busy = float(on.sum(0).min()) >= IDLE * len(x) * cut.chosen / cut.routed
         if caught <= best or (used and not busy):

@@ -36,6 +36,8 @@ RIDGE = 1e-2
 STEPS = 300
 RATE = 0.05
 BATCH = 4096
+BEGUN = 8192
+"""Tokens of the regression that the listwise fit starts from."""
 KEPT = 0.999
 """Share of its selections that a stored router must repeat in its class."""
 SOUGHT = 0.9998
@@ -60,26 +62,28 @@ def ridge(tokens: Tokens, cut: Cut) -> torch.Tensor:
     for x, h in tokens:
         gram = gram + x.double().T @ x.double()
         cross = cross + x.double().T @ importance(h, norms, cut).double()
-    return _solved(gram, cross)
+    return torch.linalg.solve(_damped(gram), cross).T
 
 
-def regression(x: torch.Tensor, importances: torch.Tensor) -> torch.Tensor:
-    """The same from tokens `[n, hidden]` and their importances `[n, routed]`."""
-    return _solved(x.double().T @ x.double(), x.double().T @ importances.double())
+def regression(x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same on tokens `[n, hidden]`, as a function of their importances `[n, routed]`."""
+    x = x.double()
+    factor = torch.linalg.cholesky(_damped(x.T @ x))
+    return lambda importances: torch.cholesky_solve(x.T @ importances.double(), factor).T
 
 
-def _solved(gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return torch.linalg.solve(gram + penalty, cross).T
+def _damped(gram: torch.Tensor) -> torch.Tensor:
+    return gram + RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=torch.float64)
 
 
 def listwise(tokens: Tokens, cut: Cut) -> torch.Tensor:
     """The router that is fitted to the order of the parts, float64 `[routed, hidden]`."""
-    start = ridge(tokens, cut)
     if not 0 < cut.chosen < cut.routed:
-        return start
+        return ridge(tokens, cut)
     x = torch.cat([x for x, _ in tokens])
-    return fitted(x, torch.cat([importance(h, tokens.ffn.norms, cut) for _, h in tokens]), cut.chosen, start)
+    importances = torch.cat([importance(h, tokens.ffn.norms, cut) for _, h in tokens])
+    some = slice(None, None, max(1, len(x) // BEGUN))
+    return fitted(x, importances, cut.chosen, regression(x[some])(importances[some]))
 
 
 def fitted(x: torch.Tensor, importances: torch.Tensor, count: int, start: torch.Tensor) -> torch.Tensor:
@@ -99,12 +103,15 @@ def fitted(x: torch.Tensor, importances: torch.Tensor, count: int, start: torch.
     size = x.std().clamp_min(1e-30)
     logits = (x @ (start - start.mean(0)).T.float()).std().clamp_min(1e-30)
     weight = ((start - start.mean(0)).float() * (size / logits)).requires_grad_()
-    optimizer, generator = torch.optim.Adam([weight], RATE), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([weight], RATE)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    whole = max(BATCH, len(x) // BATCH * BATCH)  # what is left over would weigh more
+    parts = list(zip(x[order][:whole].split(BATCH), wanted[order][:whole].split(BATCH), strict=True))
     with torch.enable_grad():
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            drawn = torch.randint(len(x), (BATCH,), generator=generator)
-            loss = -(wanted[drawn] * functional.log_softmax(x[drawn] / size @ weight.T, dim=1)).sum(1).mean()
+            seen, energy = parts[step % len(parts)]
+            loss = -(energy * functional.log_softmax(seen @ (weight / size).T, dim=1)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -141,12 +148,16 @@ def weigh(logits: torch.Tensor, count: int, weights: Weights) -> torch.Tensor:
     logits = logits.float()
     if weights == "one":
         return choose(logits, count).float()
-    if weights == "softmax of chosen":
-        found = logits.topk(count, dim=1)
-        return torch.zeros_like(logits).scatter_(1, found.indices, found.values.softmax(1))
-    all_of_them = logits.softmax(1) if weights == "softmax" else logits.sigmoid()
-    found = all_of_them.topk(count, dim=1)
-    return torch.zeros_like(logits).scatter_(1, found.indices, found.values)
+    found = ranked(logits, weights).topk(count, dim=1)
+    values = found.values.softmax(1) if weights == "softmax of chosen" else found.values
+    return torch.zeros_like(logits).scatter_(1, found.indices, values)
+
+
+def ranked(logits: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """What a stock class takes the largest of, `[n, routed]`."""
+    if weights == "softmax":
+        return logits.softmax(1)
+    return logits.sigmoid() if weights == "sigmoid" else logits
 
 
 def constant(cut: Cut, weights: Weights) -> float:
@@ -176,16 +187,23 @@ def smallest_scale(router: torch.Tensor, x: torch.Tensor, weights: Weights, dtyp
     Returns:
         the scale, and the share of the selections that it keeps.
     """
-    counts = range(1, len(router))
+    stored = router.to(dtype)  # a power of two changes no digit of it
+    wanted, logits = places(x.double() @ stored.double().T), x.float() @ stored.float().T
     best = (1.0, 0.0)
     for exponent in SCALES:
-        shares = [kept(router, 2.0**exponent, x, count, weights, dtype) for count in counts]
-        share = sum(shares) / len(shares)
+        both = torch.maximum(wanted, places(ranked(logits * 2.0**exponent, weights)))  # chosen by both from here on
+        kept_by = both.flatten().bincount(minlength=len(router)).cumsum(0)[:-1]
+        share = float((kept_by / torch.arange(1, len(router))).mean()) / len(x)
         if share >= SOUGHT:
             return 2.0**exponent, share
         if share > best[1]:
             best = 2.0**exponent, share
     return best
+
+
+def places(scores: torch.Tensor) -> torch.Tensor:
+    """The place of each part in the order of a token's scores, largest first: int64 `[n, routed]`."""
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def oracle(tokens: Tokens, cut: Cut, seed: int) -> Score:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -23,10 +24,11 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..calibration.batches import Batch, batches
+from ..calibration.batches import BATCH_TOKENS, Batch, batches
 from ..calibration.loss import judge
 from ..calibration.side import Side
 from ..checkpoint import Check, Checkpoint
+from ..deferred import Store, trim
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..moe.activations import HELD, ffn_branch
@@ -37,9 +39,12 @@ from ..moe.router import KEPT
 from ..moe.targets import Target, ffn_names, find_target, restated, stored
 from ..moe.trial import bounds, by_count
 from ..pass_ import STRICT, Context, Forecast, Pass
+from ..plan import lean_weight
 from .slice import too_few_tokens
 
 Count = Annotated[int, Field(gt=0)]
+CALIBRATED = 32_768
+"""Tokens of calibration that the forecast of memory assumes."""
 CURVE = 8
 """Numbers of experts, at most about, whose loss is measured."""
 
@@ -94,9 +99,9 @@ class Moe(Pass):
         ]
         if target.own:
             notes.append("no stock class has experts without a gate: tersor opens it, its ONNX export runs anywhere")
-        gram = 16 * cut.width * (cut.width + layout.families["hidden"]) if self.refit else 0
-        memory = 4 * layout.parameters + 4 * after.parameters + gram + HELD
-        return Forecast(after, memory, tuple(notes))
+        work = working_memory(layout, self.refit)
+        memory = 4 * layout.parameters + 4 * after.parameters + work
+        return Forecast(after, memory, tuple(notes), disk=after.bytes, lean=work + 2 * lean_weight(layout))
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Convert block by block."""
@@ -112,6 +117,7 @@ class Moe(Pass):
             after.arch.experts.weights,
             checkpoint.dtype,
         )
+        store = Store(checkpoint.dtype, weights_folder(context) if checkpoint.lean else None)
         tensors = {name: t for name, t in checkpoint.tensors.items() if name not in ffn_names(layout)}
         model = checkpoint.model()
         with torch.no_grad():
@@ -120,7 +126,9 @@ class Moe(Pass):
         for number, block in enumerate(convert(side, layout, cut, method, fitted, context.seed, context.track)):
             alive(block, number)
             made = stored(block, after, target, number)
-            tensors |= {name: tensor.to(checkpoint.dtype) for name, tensor in made.items()}
+            tensors |= {name: store.put(name, tensor) for name, tensor in made.items()}
+            if checkpoint.lean:
+                trim()
             blocks.append(block.details)
         converted = time.perf_counter()
         losses = {}
@@ -225,6 +233,23 @@ class Moe(Pass):
         if lost:
             found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")
         return found
+
+
+def working_memory(layout: Layout, refit: bool) -> int:
+    """Bytes beside the weights, for up to `CALIBRATED` tokens: streams, activations, a block's weights and its fit."""
+    wide, width = layout.families["hidden"], layout.families["ffn"]
+    streams, block = 4 * 5 * wide * CALIBRATED, 4 * 6 * wide * width
+    fit = 8 * (3 * width * width + 4 * width * wide) if refit else 0
+    logits = 12 * BATCH_TOKENS * layout.families.get("vocab", 0) if layout.task == "text-generation" else 0
+    return max(streams + block + fit + 2 * HELD, streams + logits)
+
+
+def weights_folder(context: Context) -> Path | None:
+    """Where blocks come to rest of a model that does not fit."""
+    folder = context.folder and context.folder / "weights"
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def columns(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:

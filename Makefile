@@ -8,10 +8,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIENTS ?= .venv-clients
 BROWSER ?= build/browser
+HEADERS ?= build/cpp/usr/include/onnxruntime
+HEADERS_FROM := http://deb.debian.org/debian/pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb
 INSTALLED := $(VENV)/.installed
 TYPES := build/types/tersor
 
-.PHONY: help demo test test-clients test-browser lint types bench clean
+.PHONY: help demo test test-clients test-browser test-cpp lint types bench clean
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
@@ -42,6 +44,10 @@ test-clients: $(INSTALLED)  ## Open results in stock clients, in two environment
 test-browser: $(INSTALLED)  ## Run artifacts in headless Chromium; needs Node.js and Chromium
 	npm install --silent --no-fund --no-audit --no-package-lock --prefix $(BROWSER) onnxruntime-web@1.30.0 playwright-core@1.65.1
 	TERSOR_BROWSER=$(abspath $(BROWSER)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+test-cpp: $(INSTALLED)  ## Compile an artifact's C++ and run it; needs g++, curl and dpkg
+	test -d $(HEADERS) || (mkdir -p build && curl -sSfo build/headers.deb $(HEADERS_FROM) && dpkg-deb -x build/headers.deb build/cpp)
+	TERSOR_ORT_HEADERS=$(abspath $(HEADERS)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cpp $(PYTEST_ARGS)
 
 lint: $(INSTALLED) types  ## Check style and types
 	$(BIN)/ruff check .

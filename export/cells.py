@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from tersor.compress.evaluate.pooling import Pooling
 
-from .front import POISON, Clock, Front, normalized, positions_from, time_of
+from .front import POISON, Attention, Clock, Front, normalized, positions_from, time_of
 from .ops import Ops
 
 
@@ -40,20 +40,15 @@ class Cells(Front):
         cells = ops.range(ops("Shape", ops.reshape(mask, -1)))
         self.ids_at = ops("Add", cells, ops.reshape(poison, -1))
 
-    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
+    def attend(
+        self, ops: Ops, q: ir.Value, k: ir.Value, v: ir.Value, causal: bool, window: int, attention: Attention
+    ) -> ir.Value:
         """See `Front`."""
-        return [ops("Reshape", x, ops("Concat", self._shape, ops.constant([-1]), axis=0))]
+        grids = [ops("Reshape", x, ops("Concat", self._shape, ops.constant([-1]), axis=0)) for x in (q, k, v)]
+        return attention(ops, grids, self._seen(ops, causal, window), None)
 
-    def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
-        """See `Front`."""
-        return ops.merge(parts[0])
-
-    def lengths(self, part: int) -> ir.Value | None:
-        """See `Front`."""
-        return None
-
-    def mask(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
-        """See `Front`."""
+    def _seen(self, ops: Ops, causal: bool, window: int) -> ir.Value:
+        """The dense mask."""
         key = (causal, window)
         if key not in self._masks:
             seen = self._same

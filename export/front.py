@@ -21,6 +21,7 @@ segments.py runs the core on the real tokens only; cells.py runs it on every cel
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,12 @@ from .ops import Ops
 
 POISON = 1 << 40
 """An index that no row has."""
+
+
+Attention = Callable[[Ops, list[ir.Value], "ir.Value | None", "ir.Value | None"], ir.Value]
+"""Attention in one batch: q, k and v `[sequences, length, n]`; who sees whom, bool `[sequences, 1, length, length]`, or
+None if causality and the tokens of each sequence, `[sequences]` or None, say it. The answer is flat,
+`[sequences · length, n]`."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +62,13 @@ class Front(ABC):
     positions: ir.Value
 
     @abstractmethod
-    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
-        """`[N, n]` as batches `[sequences, length, n]` inside which attention happens, of queries or of keys."""
+    def attend(
+        self, ops: Ops, q: ir.Value, k: ir.Value, v: ir.Value, causal: bool, window: int, attention: Attention
+    ) -> ir.Value:
+        """Attention of each line to those of its sequence; q, k, v and the answer `[N, n]`, heads side by side.
 
-    @abstractmethod
-    def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
-        """The inverse of `fold`."""
-
-    @abstractmethod
-    def mask(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
-        """Who sees whom in a batch, bool `[sequences, 1, length, length]`; None if causality or lengths say it."""
-
-    @abstractmethod
-    def lengths(self, part: int) -> ir.Value | None:
-        """Tokens of each sequence in a batch, if padding at the end is all there is to hide."""
+        Causal: a token sees itself and what came before; with a window above 0 so many positions of it.
+        """
 
     @abstractmethod
     def spread(self, ops: Ops, answer: ir.Value, width: int) -> ir.Value:

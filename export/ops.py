@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,6 @@ class Ops:
         """To a fixed shape, −1 for what is left."""
         return self("Reshape", x, self.constant(list(shape)))
 
-    def merge(self, x: ir.Value) -> ir.Value:
-        """`[a, b, n]` as `[a · b, n]`."""
-        return self("Reshape", x, self("Concat", self.constant([-1]), self.size(x, 2), axis=0))
-
     def squeeze(self, x: ir.Value, axis: int = 0) -> ir.Value:
         """Without one dimension."""
         return self("Squeeze", x, self.constant([axis]))
@@ -93,6 +90,19 @@ class Ops:
         """Rank of each position among the true ones: cumulative count − 1."""
         ones = self("Cast", flags, to=ir.DataType.INT64)
         return self("Sub", self("CumSum", ones, self.constant(0)), self.constant([1]))
+
+    def either(self, condition: ir.Value, *branches: Callable[[Ops], list[ir.Value]]) -> list[ir.Value]:
+        """What the first of two functions writes where the condition (a scalar) holds, else what the second writes."""
+        name, graphs, count = f"{self.prefix}_{len(self.nodes)}_If", {}, 0
+        for attribute, branch in zip(("then_branch", "else_branch"), branches, strict=True):
+            ops = Ops(f"{name}_{attribute}")
+            ops.constants = self.constants
+            made = [v if v.producer() in ops.nodes else ops("Identity", v) for v in branch(ops)]
+            graphs[attribute] = ir.Graph([], made, nodes=ops.nodes, name=ops.prefix)
+            count = len(made)
+        outputs = [ir.Value(name=f"{name}_{number}") for number in range(count)]
+        self.nodes.append(ir.node("If", [condition], graphs, outputs=outputs, name=f"{name}_node"))
+        return outputs
 
     def register(self, graph: ir.Graph) -> None:
         """Give the constants to `graph`."""

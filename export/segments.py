@@ -4,7 +4,7 @@
     a new (row, number)     → a segment starts; S segments with starts and lengths
     every linear, norm      on [T, hidden]
     attention               segments in length classes (≤ 32, ≤ 64, …), gathered to [S_c, longest_c, hidden] and
-                            back by one index
+                            back by one index; at once where all are of one class
     pooling                 by segment
     answers of a tree       one class more: queries of the answer, keys of the context and the answer
 
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from tersor.compress.evaluate.pooling import Pooling
 
-from .front import POISON, Clock, Front, normalized, positions_from, time_of
+from .front import POISON, Attention, Clock, Front, normalized, positions_from, time_of
 from .ops import Ops
 
 CLASSES = (32, 64, 128, 256)
@@ -40,6 +40,7 @@ class Segments(Front):
         key_lengths: whether Attention takes lengths of keys (opset 24): 5 to 12 % faster than a mask made of them.
         bounds: of the length classes, rising; one more takes the rest.
         trees: whether negative numbers are segments that go on from the last positive one.
+        masked: whether some block's attention needs masks of its own.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Segments(Front):
         key_lengths: bool = True,
         bounds: tuple[int, ...] = CLASSES,
         trees: bool = False,
+        masked: bool = False,
     ):
         self._mask, self._key_lengths, self._trees = mask, key_lengths, trees
         self._masks: dict[tuple[int, bool, int], ir.Value] = {}
@@ -80,7 +82,7 @@ class Segments(Front):
         if runs is not None:
             runs = ops("Gather", ops.reshape(runs, -1), self._index)
         self.positions = positions_from(ops, position, runs, clock)
-        self._classify(ops, total, bounds)
+        self._classify(ops, total, bounds, masked)
 
     def _root(self, ops: Ops, branch: ir.Value, row: ir.Value) -> ir.Value:
         """Find the segment that each goes on from, itself for a positive one; bool `[T]`, where there is none."""
@@ -100,62 +102,109 @@ class Segments(Front):
         shift = ops("Where", self._branch, following, ops.constant([0]))
         return ops("Add", position, ops("Gather", shift, self._segment))
 
-    def _classify(self, ops: Ops, total: ir.Value, bounds: tuple[int, ...]) -> None:
-        self._last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds, 1 << 40]
-        self._views: list[tuple[ir.Value, ir.Value]] = []
+    def _classify(self, ops: Ops, total: ir.Value, bounds: tuple[int, ...], masked: bool) -> None:
+        self._last, edges = ops("Sub", total, ops.constant([1])), [0, *bounds]
+        offset = ops("Sub", ops.range(total), ops("Gather", self._starts, self._segment))
+        count = len(edges) + self._trees
+        self._branches = [self._trees and part == count - 1 for part in range(count)]
+
+        def classes(ops: Ops) -> list[ir.Value]:
+            return self._classes(ops, edges, offset)
+
+        def whole(ops: Ops) -> list[ir.Value]:
+            view = self._view(ops, self._starts, longest)
+            back = ops("Add", ops("Mul", self._segment, longest), offset)
+            none = [ops.constant([[0]]), ops.constant([1])]
+            tree = [ops.constant([[0, 0]]), ops.constant([1]), ops.constant([1])]
+            return [back, view, self._lengths, *none * (count - 1), *tree * self._trees]
+
+        longest = ops("ReduceMax", ops("Concat", self._lengths, ops.constant([0]), axis=0), keepdims=1)
+        self._alone = None if masked else self._one_class(ops, longest, ops.constant(edges))
+        found = classes(ops) if self._alone is None else ops.either(self._alone, whole, classes)
+        self._back, views, found = found[0], found[1 : 2 * count + 1], found[2 * count + 1 :]
+        self._views = list(zip(views[::2], views[1::2], strict=True))
+        if self._trees:
+            self._keys, self._context, self._longest = found
+
+    def _one_class(self, ops: Ops, longest: ir.Value, edges: ir.Value) -> ir.Value:
+        """Whether all segments, one at least, are of one class, and none goes on from another."""
+        lengths = self._lengths
+        if self._trees:
+            lengths = ops("Where", self._branch, ops.constant([0]), lengths)
+        shortest = ops("ReduceMin", ops("Concat", lengths, ops.constant([1 << 40]), axis=0), keepdims=1)
+        unlike = ops("Xor", ops("Greater", longest, edges), ops("Greater", shortest, edges))
+        apart = ops("ReduceMax", ops("Cast", unlike, to=ir.DataType.INT64), keepdims=0)
+        return ops("Equal", apart, ops.constant(0))
+
+    def _classes(self, ops: Ops, edges: list[int], offset: ir.Value) -> list[ir.Value]:
+        """Lines of the stream in the classes' answers `[T]`; the lines and the lengths of each class; for trees the
+        lines of the keys, and the lengths of the contexts and the longest of them.
+        """
         self._base, self._places = ops.constant([0]), ops.constant([0])
-        for low, high in pairwise(edges):
+        found: list[ir.Value] = []
+        for low, high in pairwise([*edges, 1 << 40]):
             over = ops("Greater", self._lengths, ops.constant([low]))
             member = ops("And", over, ops("LessOrEqual", self._lengths, ops.constant([high])))
             if self._trees:
                 member = ops("And", member, ops("Not", self._branch))
-            self._enter(ops, member)
+            found += self._enter(ops, member)[2:]
         if self._trees:
-            chosen, filler = self._enter(ops, self._branch)
+            chosen, filler, own, lengths = self._enter(ops, self._branch)
             roots = ops("Gather", self._roots, chosen)
             first = ops("Concat", ops("Gather", self._starts, roots), filler, axis=0)
-            self._context = ops("Concat", ops("Gather", self._lengths, roots), filler, axis=0)
-            self._longest = ops("ReduceMax", self._context, keepdims=1)
-            context = ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(self._longest), 0))
-            own = self._views[-1][0]
-            self._keys = ops("Concat", ops("Min", context, self._last), own, axis=1)
-        offset = ops("Sub", ops.range(total), ops("Gather", self._starts, self._segment))
-        self._back = ops("Add", ops("Gather", self._places, self._segment), offset)
+            context = ops("Concat", ops("Gather", self._lengths, roots), filler, axis=0)
+            longest = ops("ReduceMax", context, keepdims=1)
+            keys = ops("Concat", self._view(ops, first, longest), own, axis=1)
+            found += [own, lengths, keys, context, longest]
+        return [ops("Add", ops("Gather", self._places, self._segment), offset), *found]
 
-    def _enter(self, ops: Ops, member: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """A class of the segments of which `member` `[S]` is true; their numbers, and what fills an empty class."""
+    def _view(self, ops: Ops, starts: ir.Value, longest: ir.Value) -> ir.Value:
+        """Lines of sequences `[sequences, longest]`."""
+        lines = ops("Add", ops.unsqueeze(starts, 1), ops.unsqueeze(ops.range(longest), 0))
+        return ops("Min", lines, self._last)
+
+    def _enter(self, ops: Ops, member: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """A class of the segments of which `member` `[S]` is true: their numbers, what fills an empty class, their
+        lines `[S_c, longest]` and their lengths.
+        """
         chosen = ops.nonzero(member)
         empty = ops("Cast", ops("Equal", ops.size(chosen), ops.constant([0])), to=ir.DataType.INT64)
         filler = ops("ConstantOfShape", empty, value=ir.tensor(np.zeros(1, np.int64)))
         first = ops("Concat", ops("Gather", self._starts, chosen), filler, axis=0)
         their = ops("Concat", ops("Gather", self._lengths, chosen), ops("Add", filler, ops.constant([1])), axis=0)
         longest = ops("ReduceMax", their, keepdims=1)
-        view = ops("Min", ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.range(longest), 0)), self._last)
-        self._views.append((view, their))
         place = ops("Add", self._base, ops("Mul", ops.count(member), longest))
         self._places = ops("Where", member, place, self._places)
         self._base = ops("Add", self._base, ops("Mul", ops.size(their), longest))
-        return chosen, filler
+        return chosen, filler, self._view(ops, first, longest), their
 
-    def fold(self, ops: Ops, x: ir.Value, keys: bool = False) -> list[ir.Value]:
+    def attend(
+        self, ops: Ops, q: ir.Value, k: ir.Value, v: ir.Value, causal: bool, window: int, attention: Attention
+    ) -> ir.Value:
         """See `Front`; behind the end of a sequence lie other sequences' lines."""
-        views = [view for view, _ in self._views]
-        if keys and self._trees:
-            views[-1] = self._keys
-        return [ops("Gather", x, view) for view in views]
+        parts = range(len(self._views))
+        masks = [self._seen(ops, part, causal, window) for part in parts]
 
-    def unfold(self, ops: Ops, parts: list[ir.Value]) -> ir.Value:
-        """See `Front`."""
-        flat = [ops.merge(part) for part in parts]
-        return ops("Gather", ops("Concat", *flat, axis=0) if len(flat) > 1 else flat[0], self._back)
+        def batch(ops: Ops, part: int) -> ir.Value:
+            (view, lengths), mask = self._views[part], masks[part]
+            keys = self._keys if self._branches[part] else view
+            folded = [ops("Gather", x, at) for x, at in ((q, view), (k, keys), (v, keys))]
+            told = self._key_lengths and not causal and mask is None
+            return attention(ops, folded, mask, lengths if told else None)
 
-    def lengths(self, part: int) -> ir.Value | None:
-        """See `Front`."""
-        return self._views[part][1] if self._key_lengths else None
+        def classes(ops: Ops) -> list[ir.Value]:
+            return [ops("Gather", ops("Concat", *(batch(ops, part) for part in parts), axis=0), self._back)]
 
-    def mask(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
-        """See `Front`; a window is a distance of positions, which differs from one of lines where there are holes."""
-        branches = self._trees and part == len(self._views) - 1
+        def whole(ops: Ops) -> list[ir.Value]:
+            return [ops("Gather", batch(ops, 0), self._back)]
+
+        return (classes(ops) if self._alone is None else ops.either(self._alone, whole, classes))[0]
+
+    def _seen(self, ops: Ops, part: int, causal: bool, window: int) -> ir.Value | None:
+        """Who sees whom in a class, None if causality or lengths say it; a window is a distance of positions, which
+        differs from one of lines where there are holes.
+        """
+        branches = self._branches[part]
         if not window and not branches and (causal or self._key_lengths):
             return None
         key = (part, causal, window)

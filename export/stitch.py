@@ -38,9 +38,20 @@ def stitch(
     graph, ops = core.graph, Ops("front")
     names = ["input_ids", "attention_mask", *(v.name for v in graph.inputs if v.name == "token_type_ids")]
     values = {n: _input(n) for n in names if n is not None}
-    everything = all(n.attributes["causal"].value and not n.attributes["window"].value for n in attentions(graph))
-    trees = inputs == "packed" and everything
-    front = _front(ops, values, clock, inputs, graph.opset_imports[""], trees)
+    windowed = any(node.attributes["window"].value for node in attentions(graph))
+    causal = all(node.attributes["causal"].value for node in attentions(graph))
+    trees = inputs == "packed" and causal and not windowed
+    key_lengths = graph.opset_imports[""] >= 24
+    masked = windowed or not (causal or key_lengths)
+    mask, ids = values["attention_mask"], values["input_ids"]
+    if inputs == "padded":
+        shown = ops("Not", ops("Equal", mask, ops.constant(0)))
+        mask = ops("Cast", shown, to=ir.DataType.INT64)
+    front: Front
+    if inputs == "packed-static":
+        front = Cells(ops, mask, ids, clock)
+    else:
+        front = Segments(ops, mask, ids, clock, key_lengths=key_lengths, trees=trees, masked=masked)
     flat = is_plain(graph)
     for value in list(graph.inputs):
         source = front.positions
@@ -60,16 +71,6 @@ def stitch(
     graph.opset_imports.pop(DOMAIN, None)
     RemoveUnusedNodesPass()(core)
     return trees
-
-
-def _front(ops: Ops, values: dict[str, ir.Value], clock: Clock, inputs: str, opset: int, trees: bool) -> Front:
-    mask, ids = values["attention_mask"], values["input_ids"]
-    if inputs == "padded":
-        shown = ops("Not", ops("Equal", mask, ops.constant(0)))
-        mask = ops("Cast", shown, to=ir.DataType.INT64)
-    if inputs == "packed-static":
-        return Cells(ops, mask, ids, clock)
-    return Segments(ops, mask, ids, clock, key_lengths=opset >= 24, trees=trees)
 
 
 def _input(name: str) -> ir.Value:
@@ -132,29 +133,27 @@ def fill(graph: ir.Graph, node: ir.Node, front: Front, ops: Ops, flat: bool) -> 
     causal, window = bool(read["causal"]), int(read["window"])
     heads, kv_heads = int(read["heads"]), int(read["kv_heads"])
     sizes = (heads * read["size"], kv_heads * read["size"], kv_heads * read["value_size"])
-    folded = [
-        front.fold(ops, lines(ops, x, n, size), keys)
-        for x, n, size, keys in zip(node.inputs, (heads, kv_heads, kv_heads), sizes, (False, True, True), strict=True)
+    q, k, v = (
+        lines(ops, x, n, size)
+        for x, n, size in zip(node.inputs, (heads, kv_heads, kv_heads), sizes, strict=True)
         if x is not None
-    ]
+    )
     if read["softcap"]:
         runtime.require("soft-capped attention", "export: onnx")
-    parts = []
-    for number, (q, k, v) in enumerate(zip(*folded, strict=True)):
-        mask = front.mask(ops, number, causal, window)
-        lengths = None if causal or mask is not None else front.lengths(number)
-        parts.append(
-            ops(
-                "Attention",
-                *(q, k, v, mask, None, None, lengths),
-                q_num_heads=heads,
-                kv_num_heads=kv_heads,
-                scale=read["scale"],
-                softcap=read["softcap"],
-                is_causal=int(causal and mask is None),
-            )
+
+    def attention(ops: Ops, batch: list[ir.Value], mask: ir.Value | None, lengths: ir.Value | None) -> ir.Value:
+        mixed = ops(
+            "Attention",
+            *(*batch, mask, None, None, lengths),
+            q_num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=read["scale"],
+            softcap=read["softcap"],
+            is_causal=int(causal and mask is None),
         )
-    answer = front.unfold(ops, parts)
+        return ops.reshape(mixed, -1, heads * int(read["value_size"]))
+
+    answer = front.attend(ops, q, k, v, causal, window, attention)
     for use in list(node.outputs[0].uses()):
         if _merges_heads(use.node):
             use.node.outputs[0].replace_all_uses_with(answer if flat else ops.unsqueeze(answer, 0))

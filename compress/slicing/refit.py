@@ -167,13 +167,12 @@ class Refit:
         """Inner activations by module, the target of the stage's output, and token weights."""
         if stage.post:  # a norm follows the writer: the target is what its dense twin hands to it
             inner = self.small.observe(stage, number, modules).inputs
-            target = self.dense.observe(stage, number, [], modules).outputs[modules[0]].double()
-            return inner, target, 1 / target.pow(2).mean(-1).clamp_min(1e-30)
+            target = self.dense.observe(stage, number, [], modules).outputs[modules[0]]
+            return inner, target.double(), _weight(target)
         behind = finite(self.dense.behind(stage, number), modules[0])
         if self.moves:
             self.dense.streams[number] = self.dense.normalised(stage, behind)
-        target = behind.double()
-        weight = 1 / target.pow(2).mean(-1).clamp_min(1e-30)
+        target, weight = behind.double(), _weight(behind)
         if self.basis is not None:
             target = target @ self.basis * self.scale
         if self.layout.arch.stream == "post-norm":
@@ -247,3 +246,9 @@ class Refit:
 
     def _note(self, module: str, fit: Regression, before: torch.Tensor, after: torch.Tensor, constant: Any) -> None:
         self.details.append({"fit": module, "left_before": fit.error(before), "left_after": fit.error(after, constant)})
+
+
+def _weight(target: torch.Tensor) -> torch.Tensor:
+    """1 / mean(T²) of each token, float64."""
+    norm = torch.linalg.vector_norm(target, dim=-1, dtype=torch.float64)
+    return target.shape[-1] / norm.square().clamp_min(1e-30)

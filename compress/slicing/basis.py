@@ -1,13 +1,11 @@
 """One orthogonal basis for the whole residual stream, ordered by what the loss would miss.
 
-S, the sum over every norm input of the uncentred second moments of *unit-RMS* tokens, says where the
-normalised stream
-lies: what the norms hand on is the direction of a token, so a token with a large norm counts no more than a
-small one. A, the same sum over the loss' gradients with respect to those directions, says what the loss
-feels. The k directions that lose least, when the rest is predicted from them by least squares, span A^½ V, V
-the first eigenvectors of A^½ S A^½; with A = I that is PCA. The gradients are those of the negative
-log-likelihood of outputs drawn from the model itself (the true Fisher information, no labels), or of a random
-projection of the embedding.
+S, the sum over every norm input of the uncentred second moments of *unit-RMS* tokens, says where the normalised stream
+lies: what the norms hand on is the direction of a token, so a token with a large norm counts no more than a small one.
+A, the same sum over the loss' gradients with respect to those directions, says what the loss feels. The k directions
+that lose least, when the rest is predicted from them by least squares, span A^½ V, V the first eigenvectors of
+A^½ S A^½; with A = I that is PCA. The gradients are those of the negative log-likelihood of outputs drawn from the
+model itself (the true Fisher information, no labels), or of a random projection of the embedding.
 
 One basis instead of SliceGPT's two a block leaves no shortcut matrices behind, so the result is a stock
 config. Measured on stories260K (untied, k = 48 of 64, with least squares): perplexity 15.9 by PCA, 14.7 so.
@@ -126,7 +124,8 @@ def sensitivity(
             x = batch.tokens(streams[number].detach()).double()
             x = x - x.mean(-1, keepdim=True) if centre else x
             size = x.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
-            moments += (x / size).T @ (x / size)
+            unit = x / size
+            moments += unit.T @ unit
             if gradients:
                 slope = batch.tokens(slopes[number]).double() * size
                 metrics[point] += slope.T @ slope

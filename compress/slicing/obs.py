@@ -5,14 +5,11 @@ rest costs
 
     tr( W_gᵀ ((C⁻¹)_gg)⁻¹ W_g )      and changes      W ← W − (C⁻¹)_·g ((C⁻¹)_gg)⁻¹ W_g
 
-so the cheapest group goes, the inverse is updated by one block of Gaussian elimination, and so on. The order
-is
-nested: its first n entries are the answer for every n, so one elimination serves every budget that is tried.
-Outputs are weighed by a metric F (how much the loss feels each direction of the stream): W F^½ takes the
-place of W.
+so the cheapest group goes, the inverse is updated by one block of Gaussian elimination, and so on. The order is
+nested: its first n entries are the answer for every n, so one elimination serves every budget that is tried. Outputs
+are weighed by a metric F (how much the loss feels each direction of the stream): W F^½ takes the place of W.
 
-A unit is one row of W for an MLP and a head's rows (a key-value group's, under grouped queries) for
-attention.
+A unit is one row of W for an MLP and a head's rows (a key-value group's, under grouped queries) for attention.
 Source: Hassibi and Stork 1993; in groups as in ZipLM (Kurtic et al., arXiv 2302.04089). Float64 throughout.
 """
 

@@ -11,6 +11,9 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
 from .errors import RecipeError
 from .registry import EXPORTERS, PASSES, Group, find_exporter, find_pass, names
 from .words import nearest, one_of
@@ -57,15 +60,17 @@ def options(found: type) -> list[dict[str, str]]:
     hints = typing.get_type_hints(found, include_extras=True)
     listed = []
     for field in dataclasses.fields(found):
-        default = field.default
+        default, hint = field.default, hints[field.name]
+        if isinstance(default, FieldInfo):  # `= Field(default=…, ge=…)` says the same as `Annotated[…]`
+            default, hint = default.default, Annotated[hint, default]
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        required = default is dataclasses.MISSING
+        required = default in (dataclasses.MISSING, PydanticUndefined)
         listed.append(
             {
                 "name": field.name,
-                "type": spelled(hints[field.name]),
-                "default": "(required)" if required else str(default),
+                "type": spelled(hint),
+                "default": "(required)" if required else "none" if default is None else str(default),
                 "meaning": meanings.get(field.name, ""),
             }
         )

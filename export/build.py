@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from tersor.compress.evaluate.pooling import Pooling
 from . import experts, experts_choice, trace, zeros
 from .core import core, head
 from .front import Clock
+from .segments import CLASSES
 from .stitch import stitch
 
 
@@ -22,6 +24,7 @@ def build(
     static: tuple[int, int] | None = None,
     form: experts_choice.Word = "auto",
     precision: experts_choice.Precision = "float32",
+    classes: Sequence[int] = CLASSES,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The model, without metadata, and its description.
 
@@ -32,6 +35,7 @@ def build(
         static: rows and width of every call; for `packed-static`.
         form: of a mixture's experts.
         precision: of a mixture's experts.
+        classes: bounds of the length classes; those that no sequence exceeds are left out.
 
     Raises:
         RecipeError: the pooling or an attention argument is not understood.
@@ -40,18 +44,21 @@ def build(
     pooling = Pooling.of(checkpoint.side_files) if layout.task == "feature-extraction" else None
     module = checkpoint.model(torch.float32)
     module.config.use_cache = False
-    classes = layout.task == "text-classification"
+    classifies = layout.task == "text-classification"
     base = layout.prefix.rstrip(".")
-    inner = module.get_submodule(base) if classes else module
+    inner = module.get_submodule(base) if classifies else module
     model = core(inner, layout.arch.token_types, layout.depth, opset)
     routed = fill(checkpoint, model, form, precision, static is not None)
-    behind = head(module, base, layout.sizes["hidden"], opset) if classes else None
+    behind = head(module, base, layout.sizes["hidden"], opset) if classifies else None
     clock = Clock(layout.arch.positions_count, layout.first_position)
-    trees = stitch(model, pooling, clock, inputs, behind)
+    bounds = tuple(bound for bound in classes if layout.longest is None or bound < layout.longest)
+    trees = stitch(model, pooling, clock, inputs, behind, bounds)
     if static is not None:
         fix(model, static)
+    apart = {} if static else {"classes": list(bounds)}
     removed = {} if routed else {"zeros": zeros.shrink(model)}
-    return model, {**facts(checkpoint, model, pooling, inputs, opset, static), "trees": trees, **routed, **removed}
+    said = facts(checkpoint, model, pooling, inputs, opset, static)
+    return model, {**said, "trees": trees, **apart, **routed, **removed}
 
 
 def fill(

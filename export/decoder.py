@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -69,7 +69,7 @@ class OnnxDecoder(Exporter):
     """
 
     precision: Literal["float32", "int8"] = "float32"
-    opset: int = Field(default=23, ge=23, le=24)
+    opset: Annotated[int, Field(ge=23, le=24)] = 23
     experts: Word = "auto"
 
     def requires(self, layout: Layout) -> Forecast:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -29,6 +29,7 @@ from tersor.compress.tokens import Input, Tokens
 from .client import Client
 from .experts_choice import Word, form_of
 from .images import ImageClient
+from .segments import CLASSES
 
 TASKS = (
     "feature-extraction",
@@ -51,16 +52,18 @@ class Onnx(Exporter):
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
         experts: how a mixture's experts run: `slices` of standard operators, ONNX Runtime's own `operator`, the
             `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (experts_choice.py).
+        classes: bounds of the length classes in which attention runs, rising; 32, 64, 128 and 256 if not set.
         width: tokens in a row of `packed-static`.
         rows: rows in a call of `packed-static`.
     """
 
     inputs: Literal["padded", "packed", "packed-static"] = "packed"
     precision: Literal["float32", "int8", "int8-dynamic", "int8-block", "int4-block"] = "float32"
-    opset: int | None = Field(default=None, ge=23, le=24)
+    opset: Annotated[int, Field(ge=23, le=24)] | None = None
     experts: Word = "auto"
+    classes: list[Annotated[int, Field(gt=0)]] | None = None
     width: Literal[128, 256, 512] = 256
-    rows: int = Field(default=4, ge=1, le=1024)
+    rows: Annotated[int, Field(ge=1, le=1024)] = 4
 
     def requires(self, layout: Layout) -> Forecast:
         """Check task and architecture; the peak is a float32 and a float64 copy beside the graph's weights.
@@ -74,6 +77,8 @@ class Onnx(Exporter):
             return self._requires_images(layout)
         if layout.task == "text-classification" and layout.arch.causal:
             raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
+        if self.classes is not None and sorted(set(self.classes)) != self.classes:
+            raise RecipeError("export: onnx: classes", str(self.classes), "lengths that rise")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx: inputs",
@@ -115,7 +120,7 @@ class Onnx(Exporter):
             return images.write(checkpoint, directory, [Tokens.of(image).ids for image in samples], opset)
         static = (self.rows, self.width) if self.inputs == "packed-static" else None
         word: Word = "auto" if self.precision == "int8" else self.experts
-        model, facts = build(checkpoint, self.inputs, opset, static, word)
+        model, facts = build(checkpoint, self.inputs, opset, static, word, classes=self.classes or CLASSES)
         trace.save(model, directory)
         artifact.write_side_files(checkpoint, directory)
         readme.write(directory, facts)
@@ -127,7 +132,9 @@ class Onnx(Exporter):
             kept = int8.choose(model, client, parity.sample(client.artifact, samples), way.keep, way.error)
             named = precision.by_parameter(checkpoint, int8.products(model.graph), kept)
             if "experts" in facts:
-                model, facts = build(checkpoint, self.inputs, opset, static, self.experts, "int8")
+                model, facts = build(
+                    checkpoint, self.inputs, opset, static, self.experts, "int8", self.classes or CLASSES
+                )
             small = way.quantize(model, [*kept, *facts.get("experts", {}).get("routers", ())])
             trace.save(small, directory)
             facts = {**facts, "precision": self.precision, "kept_float32": named, "keep_above": way.keep}

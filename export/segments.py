@@ -25,6 +25,7 @@ from .front import POISON, Attention, Clock, Front, normalized, positions_from, 
 from .ops import Ops
 
 CLASSES = (32, 64, 128, 256)
+"""Bounds that serve all of the lengths that were measured (benchmarks/packing.py)."""
 ROW = 1 << 32
 """Segment numbers lie below this, so row · ROW + number is one key."""
 
@@ -49,10 +50,10 @@ class Segments(Front):
         mask: ir.Value,
         ids: ir.Value,
         clock: Clock,
-        key_lengths: bool = True,
-        bounds: tuple[int, ...] = CLASSES,
-        trees: bool = False,
-        masked: bool = False,
+        key_lengths: bool,
+        bounds: tuple[int, ...],
+        trees: bool,
+        masked: bool,
     ):
         self._mask, self._key_lengths, self._trees = mask, key_lengths, trees
         self._masks: dict[tuple[int, bool, int], ir.Value] = {}

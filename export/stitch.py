@@ -11,7 +11,7 @@ from .cells import Cells
 from .core import DOMAIN, attentions
 from .front import Clock, Front
 from .ops import Ops
-from .segments import Segments
+from .segments import CLASSES, Segments
 
 PLAIN = frozenset(
     (
@@ -23,7 +23,12 @@ PLAIN = frozenset(
 
 
 def stitch(
-    core: ir.Model, pooling: Pooling | None, clock: Clock, inputs: str, head: ir.Model | None = None
+    core: ir.Model,
+    pooling: Pooling | None,
+    clock: Clock,
+    inputs: str,
+    head: ir.Model | None = None,
+    bounds: tuple[int, ...] = CLASSES,
 ) -> bool:
     """Make the stock interface around a core, in place; whether it knows trees: packed rows of a model whose every
     block looks at all that came before.
@@ -34,6 +39,7 @@ def stitch(
         clock: how the stock model counts positions.
         inputs: `packed`; `padded`, where every number above 0 is the one sequence; or `packed-static`.
         head: from `core.head`, for classes; emptied.
+        bounds: of the length classes, see `Segments`.
     """
     graph, ops = core.graph, Ops("front")
     names = ["input_ids", "attention_mask", *(v.name for v in graph.inputs if v.name == "token_type_ids")]
@@ -51,7 +57,7 @@ def stitch(
     if inputs == "packed-static":
         front = Cells(ops, mask, ids, clock)
     else:
-        front = Segments(ops, mask, ids, clock, key_lengths=key_lengths, trees=trees, masked=masked)
+        front = Segments(ops, mask, ids, clock, key_lengths, bounds, trees, masked)
     flat = is_plain(graph)
     for value in list(graph.inputs):
         source = front.positions

@@ -184,8 +184,9 @@ def test_passes_lists_and_describes(run):
     code, out, _ = run("passes", "slice")
     assert "remove" in out
     for name in [e["name"] for e in json.loads(run("passes", "--json")[1])]:
-        types = [option["type"] for option in json.loads(run("passes", name, "--json")[1])["options"]]
-        assert not [t for t in types if "[" in t or "Annotated" in t], "as people write them"
+        for option in json.loads(run("passes", name, "--json")[1])["options"]:
+            assert not any(word in option["type"] for word in ("[", "Annotated")), "as people write them"
+            assert not any(word in option["default"] for word in ("=", "None", "Undefined")), "likewise"
     code, _, err = run("passes", "slise")
     assert code == 2
     assert "Did you mean 'slice'?" in one_line(err)

@@ -27,7 +27,9 @@ from tersor.export import onnx as exporter
 from tersor.export import parity, runtime, trace
 from tersor.export.artifact import Artifact
 from tersor.export.build import build
+from tersor.export.client import Client
 from tersor.export.onnx import Onnx
+from tersor.export.segments import CLASSES
 
 FORMS = {
     "bert": ("bert", "", "packed"),
@@ -238,6 +240,35 @@ def test_another_model_is_other_bytes(made: Made, tiny: Any, tmp_path: Path) -> 
     _, directory = made("bert")
     trace.save(build(tiny("bert", seed=1), "packed", 24)[0], tmp_path)
     assert directory.joinpath("model.onnx").read_bytes() != tmp_path.joinpath("model.onnx").read_bytes()
+
+
+def test_length_classes_change_the_graph_and_no_answer(made: Made, tmp_path: Path) -> None:
+    checkpoint, directory = made("bert")
+    Onnx(classes=[3, 9]).write(checkpoint, tmp_path, [])
+    default, other = Client(directory, threads=1), Client(tmp_path, threads=1)
+    found = [client.artifact.manifest["classes"] for client in (default, other)]
+    assert checkpoint.layout.longest is not None
+    assert found == [[n for n in CLASSES if n < checkpoint.layout.longest], [3, 9]]
+    counts = [attentions(onnx.load(d / "model.onnx").graph) for d in (directory, tmp_path)]
+    assert counts == [(len(bounds) + 2) * checkpoint.layout.depth for bounds in found]  # one for each, one for all
+    generator = np.random.default_rng(0)
+    for lengths in ((12, 1, 3, 9, 4), (2, 3, 1), (7,)):  # several classes, one, a sequence alone
+        ids = [generator.integers(0, default.artifact.vocab, n) for n in lengths]
+        for one, two in zip(default(ids), other(ids), strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-6)
+        assert np.abs(other(ids)[0] - default([ids[0][::-1], *ids[1:]])[0]).max() > 1e-3, "the twin"
+
+
+def attentions(graph: onnx.GraphProto) -> int:
+    """Attention nodes of a graph and of the graphs inside."""
+    inside = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return sum(node.op_type == "Attention" for node in graph.node) + sum(map(attentions, inside))
+
+
+@pytest.mark.parametrize("classes", [[8, 4], [4, 4]])
+def test_length_classes_must_rise(made: Made, classes: list[int], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="lengths that rise"):
+        Onnx(classes=classes).write(made("bert")[0], tmp_path, [])
 
 
 @pytest.fixture

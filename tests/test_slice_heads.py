@@ -11,10 +11,13 @@ from tersor.compress.errors import RecipeError
 from tersor.compress.layout import Layout
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.slice import Slice
+from tersor.compress.slicing.budget import free_words
 from tersor.compress.slicing.fuse import restate
 from tersor.compress.slicing.heads import fixed_widths, narrowed_rope, pair_order
+from tersor.export.decoder import OnnxDecoder
+from tersor.export.onnx import Onnx
 
-NARROWED = ["gemma", "gemma2", "granite", "llama", "mistral", "phi3", "qwen2"]
+NARROWED = ["gemma", "gemma2", "granite", "llama", "mistral", "qwen2"]
 WIDTH, LEFT = 6, 4
 
 
@@ -93,8 +96,9 @@ def test_the_frequencies_that_stay_are_those_of_the_pairs_that_stay(tiny):
     assert not torch.allclose(small.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq[[0, 1]], rtol=1e-2)
 
 
-def test_a_narrow_checkpoint_reads_back_and_cannot_become_narrower_again(tiny, tmp_path):
-    dense = made(tiny, "llama")
+@pytest.mark.parametrize("model_type", NARROWED)
+def test_a_narrow_checkpoint_reads_back_and_cannot_become_narrower_again(tiny, model_type, tmp_path):
+    dense = made(tiny, model_type)
     narrowed(dense)
     dense.save(tmp_path / "model")
     again = Checkpoint.load(tmp_path / "model")
@@ -102,11 +106,32 @@ def test_a_narrow_checkpoint_reads_back_and_cannot_become_narrower_again(tiny, t
     assert "longrope" in fixed_widths(again.layout)
 
 
+@pytest.mark.parametrize("exporter", [Onnx(), OnnxDecoder()], ids=["scores", "cached"])
+def test_a_narrow_checkpoint_answers_alike_as_onnx(tiny, exporter, tmp_path):
+    dense = made(tiny, "llama")
+    narrowed(dense)
+    texts = list(np.random.default_rng(1).integers(4, dense.layout.families["vocab"], (4, 20)))
+    figures = exporter.write(dense, tmp_path, texts)["parity"]["logits"]  # raises ParityMissed
+    assert 0 < figures["error"] <= figures["limit"]
+
+
+def test_a_config_that_counts_frequencies_itself_keeps_its_heads(tiny):
+    factors = {"short_factor": [1.0] * 3, "long_factor": [1.5] * 3}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **factors}
+    long = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    assert free_words(long.layout) == ["ffn"]
+    assert free_words(tiny("phi3").layout) == ["hidden", "ffn", "heads"]
+    with pytest.raises(RecipeError, match="transformers refuses"):
+        Slice(remove=0.2, on=["hidden"]).requires(long.layout)
+
+
 def test_pairs_leave_together_the_least_first():
     assert pair_order(torch.tensor([3.0, 1.0, 2.0])).tolist() == [1, 4, 2, 5, 0, 3]
 
 
-@pytest.mark.parametrize(("model_type", "said"), [("qwen3", "norm"), ("gpt2", "norm"), ("bert", "norm")])
+@pytest.mark.parametrize(
+    ("model_type", "said"), [("qwen3", "norm"), ("phi3", "config"), ("gpt2", "norm"), ("bert", "norm")]
+)
 def test_heads_of_fixed_width_are_refused(tiny, model_type, said):
     layout: Layout = tiny(model_type).layout
     with pytest.raises(RecipeError, match=said):

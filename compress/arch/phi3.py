@@ -12,6 +12,7 @@ MLP = "@layers.{i}.mlp"
 ARCHITECTURE = replace(
     LLAMA,
     model_type="phi3",
+    rotary=None,  # the config counts frequencies by hidden over the number of heads
     axes=(Axis("hidden"), Axis("ffn"), Axis("kv_heads")),
     params=(
         Param("@embed_tokens.weight", "vocab, hidden"),

@@ -31,8 +31,19 @@ def free_words(layout: Layout) -> list[str]:
     width of heads, which RoPE's common frequencies make dear (heads.py), and hidden where whole heads go with it.
     """
     words = {"hidden": "hidden", "ffn": "ffn", head_axis(layout): "heads"}
-    free = [words[axis.name] for axis in layout.arch.axes if axis.shrinkable and axis.name in words]
+    axes = [axis.name for axis in layout.arch.axes if axis.shrinkable and axis.name in words]
+    free = [words[axis] for axis in axes if _held(layout, axis)]
     return [word for word in free if word != "hidden" or not obstacle(layout)]
+
+
+def _held(layout: Layout, axis: str) -> bool:
+    """Whether this config may state a smaller size: Phi-3's with longrope fixes hidden over the number of heads."""
+    step = layout.grid(axis)
+    smaller = layout.families[axis] // step * step - step
+    try:
+        return smaller <= 0 or bool(layout.resized({axis: smaller}))
+    except RecipeError:
+        return False
 
 
 def axes_of(layout: Layout, on: Sequence[str]) -> list[str]:

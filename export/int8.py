@@ -12,8 +12,8 @@ with weights up to ±127, 3 % of all-MiniLM-L6-v2's sums did, and moved products
 ±90 one sum in 20,000 does, and the mean cosine rises from .9963 to .9970; at ±64 none can, and it is .9962.
 
 Lines that come from a GELU or ReLU never go under a known floor −f (0 or −0.17), so that s = (max x + f) / 255 and
-q = round((x + f) / s) use all 255 levels for what is above it, half the error, for a constant: f times the column sums
-of w W₈, taken from the bias.
+q = round(x / s) + z, z = round(f / s), use all 255 levels for what is above it: half the error, for one more term,
+s z times the column sums of w W₈. (The kernel takes one zero for all lines, so z cannot be its zero.)
 
 Embedding tables are int8 with one scale a row. Products whose result would move too much on real tokens, because a
 line's largest entry drowns the rest, stay in float32 and are listed (precision.py).
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -131,7 +131,7 @@ def choose(
 
 def quantize(model: ir.Model, keep: Sequence[str]) -> None:
     """Put int8 in place of every product and large table, in place, but for the products named in `keep`."""
-    graph, done = model.graph, dict[str, tuple[ir.Value, ir.Value]]()
+    graph, done = model.graph, dict[str, tuple[ir.Value, ir.Value, ir.Value | None]]()
     for number, product in enumerate(products(graph)):
         if product.name in keep:
             continue
@@ -141,13 +141,15 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
         floor = _floor(x)
         if x.name not in done:
             done[str(x.name)] = quantized_lines(ops, ops.reshape(x, -1, product.weight.shape[0]), floor)
-        q, scale = done[str(x.name)]
+        q, scale, shift = done[str(x.name)]
         y = ops("Mul", multiplied(ops, q, product.weight, 128 if floor is None else 0), scale)
-        if floor:
-            y = ops("Sub", y, ops.constant_array(floor * restored(product.weight).sum(0)))
+        if shift is not None:
+            y = ops("Sub", y, ops("Mul", shift, ops.constant_array(restored(product.weight).sum(0))))
         for use in node.outputs[0].uses():  # what comes is `[N, n]`, where `[1, N, n]` may have been split
             if use.node.op_type == "Split" and use.node.attributes["axis"].as_int() == 2:
                 use.node.attributes["axis"] = ir.AttrInt64("axis", -1)
+        for use in node.outputs[0].uses():
+            _apart(graph, ops, use)
         node.outputs[0].replace_all_uses_with(y, replace_graph_outputs=True)
         _replace(graph, node, ops)
     for number, node in enumerate([n for n in graph if n.op_type == "Gather"]):
@@ -169,6 +171,16 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
     used = {id(x) for node in ir.traversal.RecursiveGraphIterator(graph) for x in node.inputs}
     for name in [n for n, value in graph.initializers.items() if id(value) not in used]:
         graph.initializers.pop(name)
+
+
+def _apart(graph: ir.Graph, ops: Ops, use: Any) -> None:
+    """Keep ONNX Runtime from fusing a bias with the GELU behind it, by which the two take a third longer: its pattern
+    wants the bias in one dimension.
+    """
+    node, before = use.node, any(n.op_type == "Gelu" for n in use.node.outputs[0].consumers())
+    bias = node.inputs[1 - use.idx] if node.op_type == "Add" else None
+    if before and bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1:
+        node.replace_input_with(1 - use.idx, ops.constant_array(bias.const_value.numpy()[None]))
 
 
 def restored(weight: np.ndarray) -> np.ndarray:
@@ -196,17 +208,25 @@ def multiplied(ops: Ops, q: ir.Value, weight: np.ndarray, zero: int = 128) -> ir
     )
 
 
-def quantized_lines(ops: Ops, x: ir.Value, floor: float | None = None) -> tuple[ir.Value, ir.Value]:
-    """Uint8 of the lines of `x` `[N, k]`, or of `x + floor`, known to be positive, and their scales `[N, 1]`."""
-    if floor:
-        x = ops("Add", x, ops.constant(floor, np.float32))
+def quantized_lines(
+    ops: Ops, x: ir.Value, floor: float | None = None
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Uint8 of the lines of `x` `[N, k]`, their scales `[N, 1]`, and where they have a floor under 0 what each of their
+    numbers is too high by, in units of `x`, `[N, 1]`.
+    """
     size = ops("Abs", x) if floor is None else x
     largest = ops("ReduceMax", size, ops.constant([1]), keepdims=0)
+    if floor:
+        largest = ops("Add", largest, ops.constant(floor, np.float32))
     scale = ops("Mul", largest, ops.constant(1 / (127 if floor is None else 255), np.float32))
     scale = ops("Max", scale, ops.constant(1e-10, np.float32))
+    if floor:
+        zero = ops("Cast", ops("Round", ops("Div", ops.constant(floor, np.float32), scale)), to=ir.DataType.UINT8)
+        shift = ops("Mul", ops("Cast", zero, to=ir.DataType.FLOAT), scale)
+        return ops("QuantizeLinear", x, scale, zero, axis=0), ops.unsqueeze(scale, 1), ops.unsqueeze(shift, 1)
     middle = np.array([128 if floor is None else 0], np.uint8)
     zero = ops("ConstantOfShape", ops("Shape", scale), value=ir.tensor(middle))
-    return ops("QuantizeLinear", x, scale, zero, axis=0), ops.unsqueeze(scale, 1)
+    return ops("QuantizeLinear", x, scale, zero, axis=0), ops.unsqueeze(scale, 1), None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, ops: Ops) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,9 @@ def main() -> None:
         print(f"allowed                      {arguments.memory}{' (by the kernel)' if join else ''}")
         print(f"peak anonymous memory        {size(peaks['RssAnon'])}")
         print(f"peak resident, files mapped  {size(peaks['VmHWM'])}")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(f"whole run                    {seconds:.0f} s, {arguments.tokens:,} tokens, {arguments.threads} threads")
+        print(f"processor time of it         {used.ru_utime + used.ru_stime:.0f} s")
         print(f"{', '.join(spent):28} {', '.join(f'{count:.0f} s' for count in spent.values())}")
         print(f"a layer                      {sum(spent.values()) / arguments.layers:.1f} s")
 

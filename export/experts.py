@@ -12,6 +12,9 @@ holds every expert, also those that the traced sample did not choose. It is fill
 
     order = NonZero of who-chose-whom by expert        y = concatenated slices, weighted, put back, summed over slots
 
+Where a token may choose fewer (null experts, moe/own.py), `index` names the one behind the last, which has no slice;
+its slot is filled with zeros.
+
 A slice without tokens is a product of no rows, which runtimes return from at once; an `If` around each expert cost more
 than it saved (at 8 tokens 1.07 × dense against 1.30 ×). All but the two products of an expert is done for all at once,
 between them: with many experts it is the number of nodes that counts.
@@ -67,10 +70,11 @@ def place(
 
 
 def place_plain(module: RoutedFfn, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The same for experts without a gate, whose weights are one."""
+    """The same for experts without a gate, whose weights are one; `index` may name the one behind the last: none."""
     own = module.experts
     inputs = [x, index, torch.ones_like(index, dtype=x.dtype), own.up_proj, own.down_proj, own.up_bias]
-    attributes: dict[str, Any] = {"activation": module.act_name, "chosen": int(index.shape[1])}
+    chosen, nulls = int(index.shape[1]), int(module.nulls)
+    attributes: dict[str, Any] = {"activation": module.act_name, "chosen": chosen, "nulls": nulls}
     found: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{PLACEHOLDER}", inputs, attributes, dtype=x.dtype, shape=tuple(x.shape), version=1
     )
@@ -97,6 +101,11 @@ def placeholders(graph: ir.Graph) -> list[ir.Node]:
 def chosen(node: ir.Node) -> int:
     """Experts that a token uses."""
     return int(node.attributes["chosen"].value)
+
+
+def nulls(node: ir.Node) -> int:
+    """Null experts that a token may choose instead."""
+    return int(node.attributes["nulls"].value) if "nulls" in node.attributes else 0
 
 
 def stored(value: ir.Value | None) -> np.ndarray:
@@ -127,7 +136,8 @@ def fill(graph: ir.Graph, form: Form) -> None:
         ops = Ops(f"experts{number}")
         x, index, weights, *stacks = (value for value in node.inputs if value is not None)
         reads, writes, *bias = map(stored, stacks)
-        made = Stacks(reads, writes, str(node.attributes["activation"].value), *bias)
+        act = str(node.attributes["activation"].value)
+        made = Stacks(reads, writes, act, bias[0] if bias else None, nulls(node) > 0)
         if form in ("moe", "qmoe"):
             answer = operator(ops, x, index, weights, made, form, chosen(node))
         else:
@@ -153,12 +163,14 @@ class Stacks:
         writes: down `[experts, hidden, ffn]`.
         act: the activation.
         bias: of up, `[experts, ffn]`; None with a gate.
+        nulls: whether a token may choose none: the number of experts stands for it.
     """
 
     reads: np.ndarray
     writes: np.ndarray
     act: str
     bias: np.ndarray | None = None
+    nulls: bool = False
 
 
 class Arithmetic:
@@ -236,7 +248,12 @@ def slices(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: S
         inner = activated(ops, ops("Add", opened, bias), experts.act)
     joined = how.sliced(ops, how.read(ops, inner), numbers, experts.writes)
     weighted = ops("Mul", joined, ops.unsqueeze(ops("Gather", ops.reshape(weights, -1), order), 1))
-    back = ops("ScatterElements", flat, order, ops.range(ops.size(order)))
+    start = flat
+    if experts.nulls:
+        weighted = ops("Concat", weighted, ops.constant(np.zeros((1, width)), np.float32), axis=0)
+        start = ops("Expand", ops.size(order), ops.size(flat))  # the row behind the last: an adding ScatterND, which
+        # needs none, loses sums when ONNX Runtime has several threads
+    back = ops("ScatterElements", start, order, ops.range(ops.size(order)))
     shape = ops("Concat", ops.constant([-1]), slots, ops.constant([width]), axis=0)
     return ops("ReduceSum", ops("Reshape", ops("Gather", weighted, back), shape), ops.constant([1]), keepdims=0)
 
@@ -244,9 +261,12 @@ def slices(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: S
 def whole(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Stacks, how: Arithmetic) -> ir.Value:
     """All experts as one FFN on every token, masked by their weights: the work of a dense model."""
     count, width, part = experts.writes.shape
-    rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
+    rows = ops("Concat", ops.size(x), ops.constant([count + experts.nulls]), axis=0)
     zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
-    mask = ops.unsqueeze(ops("ScatterElements", zeros, index, weights, axis=1), 2)
+    spread = ops("ScatterElements", zeros, index, weights, axis=1)
+    if experts.nulls:
+        spread = ops("Slice", spread, ops.constant([0]), ops.constant([count]), ops.constant([1]))
+    mask = ops.unsqueeze(spread, 2)
     read = how.read(ops, x)
     gate = how.whole(ops, read, experts.reads[:, :part].reshape(count * part, -1))
     if experts.bias is None:

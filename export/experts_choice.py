@@ -122,9 +122,10 @@ def _value(name: str, kind: ir.DataType, width: int) -> ir.Value:
 
 
 def drawn(node: ir.Node, tokens: int) -> dict[str, np.ndarray]:
-    """Random tokens, each with experts of its own."""
+    """Random tokens, each with experts of its own; with null experts, as often one of them."""
     count, _, width = experts.stored(node.inputs[3]).shape
     draw = np.random.default_rng(0)
-    index = np.argsort(draw.random((tokens, count)), axis=1)[:, : experts.chosen(node)].astype(np.int64)
+    index = np.argsort(draw.random((tokens, count + experts.nulls(node))), axis=1)[:, : experts.chosen(node)]
+    index = np.minimum(index, count).astype(np.int64)
     weights = np.full(index.shape, 1 / index.shape[1], np.float32)
     return {"x": draw.standard_normal((tokens, width), np.float32), "index": index, "weights": weights}

@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 from tersor.compress.errors import ParityMissed
 from tersor.compress.evaluate.tree import Tree, trees
-from tersor.compress.moe.routing import Routing, shape
+from tersor.compress.moe.routing import Routing
 from tersor.compress.tokens import Tokens
 
 from . import parity
@@ -48,11 +48,8 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: Sequence[Tokens]):
-        experts, self.tokens = checkpoint.layout.arch.experts, tokens
+        self.layout, self.tokens = checkpoint.layout, tokens
         self.models = [checkpoint.model(dtype) for dtype in (torch.float64, torch.float32)]
-        self.shape: tuple[int, int] | None = None
-        if experts is not None:
-            self.shape = shape(checkpoint.layout)
         self.followed = 0
         self._own: dict[int, np.ndarray] = {}
         self._known: dict[tuple[int, bytes], Answers] = {}
@@ -83,10 +80,10 @@ class Reference:
     def _computed(self, number: int, choices: np.ndarray | None) -> Answers:
         found, seen = [], []
         for model in self.models:
-            if self.shape is None:
+            if self.layout.arch.experts is None:
                 found.append(self._run(model, number))
                 continue
-            with Routing(*self.shape, choices) as routing:
+            with Routing.of(self.layout, choices) as routing:
                 found.append(self._run(model, number))
             seen.append(routing)
             if choices is None:

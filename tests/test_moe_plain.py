@@ -73,6 +73,8 @@ def test_every_method_runs_without_a_gate(tiny):
         converted(tiny("bert", "feature-extraction"), partition=partition, router="ridge")
     details = converted(tiny("bert", "feature-extraction"), distill_steps=5, compare=True)
     assert details["loss"].keys() == {"dense", "oracle", "pruned", "experts"}
+    assert details["loss"]["experts"] > 1e-4  # against the dense model, not itself
+    assert all(point["loss"] > 1e-4 for point in details["loss_by_k"])
 
 
 @each

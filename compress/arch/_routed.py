@@ -10,6 +10,9 @@ from dataclasses import replace
 
 from . import ANY, SUFFIX, Architecture, Branch, Experts, Param
 
+CHOICE = ("num_experts_per_tok", "num_null_experts", "null_score")
+"""Attributes that say how many experts a token takes."""
+
 
 def routed(base: Architecture) -> Architecture:
     """The architecture with experts in place of its FFN."""
@@ -50,5 +53,5 @@ def routed(base: Architecture) -> Architecture:
         experts=Experts(
             router=f"{name}.router.weight", gate_up=up, down=down, count="num_experts", weights="one", gated=False
         ),
-        settings={**base.settings, **dict.fromkeys(stated, ANY), "num_experts_per_tok": ANY},
+        settings={**base.settings, **dict.fromkeys((*stated, *CHOICE), ANY)},
     )

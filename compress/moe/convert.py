@@ -22,6 +22,7 @@ from ..calibration.batches import Batch
 from ..calibration.lstsq import Regression
 from ..calibration.side import Side
 from ..layout import Layout
+from . import dynamic
 from . import router as routers
 from .activations import Ffn, Tokens, before_ffn
 from .block import Block
@@ -79,19 +80,30 @@ def convert(
         track: progress.
         label: of the progress bar.
     """
+    allotments: list[dynamic.Allotment] = []
+    if cut.most:
+        with torch.no_grad():
+            allotments = dynamic.allotted(side.fork(), cut, method.partition, data, seed)
     small = side.fork() if method.refit else side
     for number in track(range(layout.depth), label):
         with torch.no_grad():
-            yield _block(side, small, number, cut, method, data, seed)
+            yield _block(side, small, number, cut, method, data, seed, allotments[number] if allotments else None)
 
 
 def _block(
-    side: Side, small: Side, number: int, cut: Cut, method: Method, data: Sequence[Batch], seed: int
+    side: Side,
+    small: Side,
+    number: int,
+    cut: Cut,
+    method: Method,
+    data: Sequence[Batch],
+    seed: int,
+    allotment: dynamic.Allotment | None,
 ) -> Block:
     before = before_ffn(side, number)
     ffn = Ffn.of(side.walk, number)
     tokens = Tokens(ffn, before, data)
-    order = PARTITIONS[method.partition](tokens, cut, seed + number)
+    order = allotment.order if allotment else PARTITIONS[method.partition](tokens, cut, seed + number)
     wanted = [added(stream, batch, ffn.outer(h)) for stream, batch, (_, h) in zip(before, data, tokens, strict=True)]
     side.streams = [ffn.behind(total) for total in wanted]
     if small is side:
@@ -100,14 +112,14 @@ def _block(
         del tokens
         before = before_ffn(small, number)
         tokens = Tokens(ffn.reordered(order), before, data)
-    block = routed(tokens, cut, method, seed)
+    block = routed(tokens, cut, method, seed) if allotment is None else worthwhile(tokens, cut, method, allotment)
     if small is not side:
         if method.steps:
             block = distilled(block, tokens, wanted, method.steps, seed + number)
             tokens = Tokens(block.ffn, before, data)
         block = refitted(block, tokens, wanted, method.ridge)
         small.streams = moved(block, tokens)
-    block.details.update(observed(block, tokens))
+    block.details.update(observed(block, tokens, allotment))
     return block
 
 
@@ -153,6 +165,18 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
     return block
 
 
+def worthwhile(tokens: Tokens, cut: Cut, method: Method, allotment: dynamic.Allotment) -> Block:
+    """The block with a gate that chooses what is worth it, before any refit."""
+    if method.router == "oracle":
+        norms, price = tokens.ffn.norms, allotment.price
+        return Block(tokens.ffn, lambda _x, h: (routers.importance(h, norms, cut).square() > price).float(), cut, None)
+    router = dynamic.router(tokens, cut, allotment, method.dtype)
+    stored = router.float()
+    block = Block(tokens.ffn, lambda x, _h: dynamic.chosen(x @ stored.T, cut).float(), cut, router.double())
+    block.details.update(scale=1.0, kept=1.0)
+    return block
+
+
 def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge: float) -> Block:
     """The block with its down projections solved for `wanted`, the streams behind it, a batch each."""
     ffn = block.ffn
@@ -167,21 +191,23 @@ def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge
     return replace(block, ffn=replace(ffn, down=found.T.float(), shift=moved_to))
 
 
-def observed(block: Block, tokens: Tokens) -> dict[str, Any]:
+def observed(block: Block, tokens: Tokens, allotment: dynamic.Allotment | None = None) -> dict[str, Any]:
     """Load of each routed part (share of tokens), agreement with the oracle, and how far weights are from one."""
     cut = block.cut
-    load, agree, off, count = torch.zeros(cut.routed, dtype=torch.float64), 0, 0.0, 0
+    load, agree, wanted, off, count = torch.zeros(cut.routed, dtype=torch.float64), 0, 0, 0.0, 0
     norms = tokens.ffn.norms
     for x, h in tokens:
         gates = block.gate(x, h)
         on = gates > 0
-        best = routers.choose(routers.importance(h, norms, cut), cut.chosen)
+        importance = routers.importance(h, norms, cut)
+        best = importance.square() > allotment.price if allotment else routers.choose(importance, cut.chosen)
         load += on.sum(0, dtype=torch.float64)
-        agree += int((on & best).sum())
+        agree, wanted = agree + int((on & best).sum()), wanted + int(best.sum())
         off = max(off, float((gates[on] - 1).abs().max())) if bool(on.any()) else off
         count += len(x)
     return {
         "load": (load / count).tolist(),
-        "oracle_agreement": agree / max(count * cut.chosen, 1),
+        "active": (cut.shared + float(load.sum()) / count) / cut.experts,
+        "oracle_agreement": agree / max(wanted, 1),
         "weight_error": off,
     }

@@ -12,12 +12,16 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """An FFN of `width` units in `experts` equal parts, of which a token uses `active`; `shared` are always used."""
+    """An FFN of `width` units in `experts` equal parts, of which a token uses `active`; `shared` are always used.
+
+    With `most`, `active` is an average, and a token chooses up to `most` routed parts (dynamic.py).
+    """
 
     width: int
     experts: int
     active: int
     shared: int
+    most: int = 0
 
     @property
     def part(self) -> int:
@@ -56,6 +60,12 @@ class Cut:
             )
         if self.active > self.experts:
             raise RecipeError("moe: active", f"{self.active} of {self.experts} experts", f"at most {self.experts}")
+        if self.most and not self.chosen <= self.most <= self.routed:
+            raise RecipeError(
+                "moe: most",
+                f"{self.most + self.shared} experts where {self.active} are active on average",
+                f"{self.active} to {self.experts}",
+            )
         if self.shared >= self.active:
             raise RecipeError(
                 "moe: shared",

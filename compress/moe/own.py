@@ -6,6 +6,10 @@ No stock class of transformers has experts of this form (ReLU or GELU, biases, n
 `bert_routed` and plain transformers refuses the directory instead of opening it as something else; what ships is the
 ONNX export. A class is its stock class with one module of each block in another's place (`Own` in compress/arch), made
 when it is first asked for and known to transformers' Auto classes from then on.
+
+A token takes the `num_experts_per_tok` experts of the largest logits, or, where the config has null experts (AdaMoE,
+arXiv 2406.13233), as many of them as score above `null_score`: null experts all score that and do nothing, so that the
+choice is a top-k in either case, in torch and in ONNX.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class RoutedFfn(nn.Module):
     """An FFN of experts without a gate.
 
     Args:
-        config: with `num_experts`, `num_experts_per_tok`, `expert_width`, `shared_width`.
+        config: with the attributes of `EXTRA`.
         hidden: width of the stream.
         act: transformers' name of the activation.
     """
@@ -53,6 +57,7 @@ class RoutedFfn(nn.Module):
 
         super().__init__()
         self.top_k, self.act_name, self.act = config.num_experts_per_tok, act, ACT2FN[act]
+        self.nulls, self.null_score = config.num_null_experts, config.null_score
         self.router = nn.Linear(hidden, config.num_experts)
         self.experts = Experts(config.num_experts, config.expert_width, hidden)
         self.shared = Shared(config.shared_width, hidden) if config.shared_width else None
@@ -61,11 +66,18 @@ class RoutedFfn(nn.Module):
     def forward(self, stream: torch.Tensor) -> torch.Tensor:
         """`[…, hidden]` to the same shape."""
         x = stream.reshape(-1, stream.shape[-1])
-        index = torch.topk(self.router(x), self.top_k, dim=-1)[1]
-        y = self.routed(x, index) + self.bias
+        y = self.routed(x, self.choose(self.router(x))) + self.bias
         if self.shared is not None:
             y = y + self.shared.down_proj(self.act(self.shared.up_proj(x)))
         return y.reshape(stream.shape)
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Experts `[n, top_k]` from logits `[n, experts]`; a null expert has the number behind the last."""
+        count = logits.shape[1]
+        if self.nulls:
+            logits = nn.functional.pad(logits, (0, self.nulls), value=self.null_score)
+        index = torch.topk(logits, self.top_k, dim=-1)[1]
+        return index.clamp(max=count) if self.nulls else index
 
     def routed(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Sum of the chosen experts `index` `[n, top_k]` on tokens `[n, hidden]`."""
@@ -91,8 +103,8 @@ def config_class(model_type: str) -> Any:
         (stock,),
         {
             "model_type": model_type,
-            "__annotations__": dict.fromkeys(EXTRA, int),
-            **dict.fromkeys(EXTRA, 0),
+            "__annotations__": {name: type(value) for name, value in EXTRA.items()},
+            **EXTRA,
             "__module__": __name__,
         },
     )
@@ -104,7 +116,15 @@ def config_class(model_type: str) -> Any:
     return made
 
 
-EXTRA = ("num_experts", "num_experts_per_tok", "expert_width", "shared_width")
+EXTRA: dict[str, int | float] = {
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "expert_width": 0,
+    "shared_width": 0,
+    "num_null_experts": 0,
+    "null_score": 0.0,
+}
+"""What the config says beyond the stock one's."""
 
 
 def _init(model: Any, base: Any) -> Any:

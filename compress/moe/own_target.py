@@ -17,7 +17,8 @@ def restated(layout: Layout, cut: Cut) -> Layout:
     """The layout of the converted model."""
     kept = {name: value for name, value in layout.config.to_dict().items() if name not in ("model_type", "dtype")}
     made = config_class(f"{layout.arch.model_type}{SUFFIX}").from_dict(copy.deepcopy(kept))
-    made.num_experts, made.num_experts_per_tok = cut.routed, cut.chosen
+    made.num_experts, made.num_experts_per_tok = cut.routed, cut.most or cut.chosen
+    made.num_null_experts = cut.most
     made.expert_width, made.shared_width = cut.part, cut.shared * cut.part
     made.dtype = layout.config.dtype
     return Layout.of(made, layout.task, layout.dtype)

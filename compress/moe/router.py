@@ -22,7 +22,7 @@ up), and `oracle`, the true importance, which bounds what any router can do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -100,22 +100,43 @@ def fitted(x: torch.Tensor, importances: torch.Tensor, count: int, start: torch.
     """
     wanted = torch.where(choose(importances, count), importances.square(), 0)
     wanted = wanted / wanted.sum(1).mean().clamp_min(1e-30)
-    size = x.std().clamp_min(1e-30)
     logits = (x @ (start - start.mean(0)).T.float()).std().clamp_min(1e-30)
-    weight = ((start - start.mean(0)).float() * (size / logits)).requires_grad_()
+
+    def loss(logits: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+        return -(energy * functional.log_softmax(logits, dim=1)).sum(1).mean()
+
+    return descended((start - start.mean(0)).float() / logits, x, (wanted,), loss).double()
+
+
+def descended(
+    start: torch.Tensor,
+    x: torch.Tensor,
+    beside: Sequence[torch.Tensor],
+    loss: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Where `STEPS` of Adam lead from a router.
+
+    Args:
+        start: float32 `[routed, hidden]`.
+        x: tokens `[n, hidden]`.
+        beside: what the loss reads beside logits, `[n, …]` each.
+        loss: (logits, *beside) of a batch of tokens → a scalar.
+    """
+    size = x.std().clamp_min(1e-30)
+    weight = (start * size).requires_grad_()
     optimizer = torch.optim.Adam([weight], RATE)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    whole = max(BATCH, len(x) // BATCH * BATCH)  # what is left over would weigh more
-    parts = list(zip(x[order][:whole].split(BATCH), wanted[order][:whole].split(BATCH), strict=True))
+    order = order[: max(BATCH, len(x) // BATCH * BATCH)]  # what is left over would weigh more
+    parts = list(zip(*(each[order].split(BATCH) for each in (x, *beside)), strict=True))
     with torch.enable_grad():
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-            seen, energy = parts[step % len(parts)]
-            loss = -(energy * functional.log_softmax(seen @ (weight / size).T, dim=1)).sum(1).mean()
+            seen, *rest = parts[step % len(parts)]
+            value = loss(seen @ (weight / size).T, *rest)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
-    return weight.detach().double() / size
+    return weight.detach() / size
 
 
 def centre(tokens: Tokens, cut: Cut) -> torch.Tensor:

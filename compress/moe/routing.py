@@ -26,15 +26,16 @@ class Routing(TorchFunctionMode):
         experts: to choose from.
         chosen: by a token.
         given: int64 `[blocks, tokens, chosen]`, or None to let the model choose.
+        nulls: null experts behind them, which are all one to whoever chooses (own.py).
 
     Attributes:
-        choices: int64 `[tokens, chosen]` a block.
-        scores: what was chosen by, `[tokens, experts]` a block.
+        choices: int64 `[tokens, chosen]` a block; `experts` stands for any null one.
+        scores: what was chosen by, `[tokens, experts + nulls]` a block.
     """
 
-    def __init__(self, experts: int, chosen: int, given: np.ndarray | None = None):
+    def __init__(self, experts: int, chosen: int, given: np.ndarray | None = None, nulls: int = 0):
         super().__init__()
-        self.shape, self.given = (experts, chosen), given
+        self.shape, self.given, self.experts = (experts + nulls, chosen), given, experts
         self.choices: list[torch.Tensor] = []
         self.scores: list[torch.Tensor] = []
 
@@ -48,8 +49,16 @@ class Routing(TorchFunctionMode):
             index = torch.from_numpy(self.given[len(self.choices)])
             found = scores.gather(1, index), index
         self.scores.append(scores)
-        self.choices.append(index)
+        self.choices.append(index.clamp(max=self.experts))
         return found
+
+    @classmethod
+    def of(cls, layout: Layout, given: np.ndarray | None = None) -> Routing:
+        """For a model of this layout."""
+        experts = layout.arch.experts
+        assert experts is not None
+        nulls = int(getattr(layout.config, "num_null_experts", 0))
+        return cls(layout.families["experts"], int(getattr(layout.config, experts.active)), given, nulls)
 
     @property
     def gap(self) -> float:
@@ -61,23 +70,17 @@ class Routing(TorchFunctionMode):
         return max(0.0, *(float(gap.max()) for gap in gaps))
 
 
-def shape(layout: Layout) -> tuple[int, int]:
-    """How many experts a block of a mixture has, and how many a token chooses."""
-    experts = layout.arch.experts
-    assert experts is not None
-    return layout.families["experts"], int(getattr(layout.config, experts.active))
-
-
 @torch.no_grad()
 def loads(model: Any, layout: Layout, data: Sequence[Batch]) -> list[list[float]]:
     """Share of the tokens that choose each expert, by block."""
-    total, count = torch.zeros(layout.depth, shape(layout)[0], dtype=torch.float64), 0
+    experts = layout.families["experts"]
+    total, count = torch.zeros(layout.depth, experts, dtype=torch.float64), 0
     for batch in data:
-        with Routing(*shape(layout)) as routing:
+        with Routing.of(layout) as routing:
             model(**batch.inputs)
         for block, choices in enumerate(routing.choices):
             kept = choices if batch.real is None else choices[batch.real.flatten()]
-            total[block] += kept.flatten().bincount(minlength=total.shape[1])
+            total[block] += kept.flatten().bincount(minlength=experts)[:experts]
         count += len(kept)
     found: list[list[float]] = (total / max(count, 1)).tolist()
     return found

@@ -264,6 +264,10 @@ def find_target(layout: Layout, cut: Cut, name: str) -> Target:
             found = f"{layout.arch.model_type}, whose FFN has no gate"
             raise RecipeError(f"moe: target: {name}", found, "auto", "No stock class has experts without a gate.")
         return Target(f"{layout.arch.model_type}{SUFFIX}", lambda _layout, _cut: {}, free=True, own=True)
+    if cut.most:
+        found = f"{layout.arch.model_type}, whose FFN has a gate"
+        why = "Stock classes give every token of every block as many experts."
+        raise RecipeError("moe: dynamic", found, "dynamic: false", why)
     biases = [name for name in ffn_names(layout) if name.endswith(".bias")]
     if biases:
         raise RecipeError("moe", min(biases), "an FFN without biases", "No stock class has biased experts.")

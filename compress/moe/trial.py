@@ -23,6 +23,8 @@ from .activations import Tokens, before_ffn
 from .block import Block
 from .convert import Method, Track, convert, moved
 from .cut import Cut
+from .own import RoutedFfn
+from .routing import loads
 
 
 class Trial:
@@ -70,7 +72,7 @@ def bounds(
     track: Track,
 ) -> dict[str, float]:
     """Losses of `oracle` and `pruned` beside a conversion by `method` (see the module)."""
-    kept = replace(cut, shared=cut.active)
+    kept = replace(cut, shared=cut.active, most=0)
     others = {
         "oracle": (cut, replace(method, router="oracle")),
         "pruned": (kept, replace(method, partition="surgeon", weights=None)),
@@ -85,14 +87,34 @@ def bounds(
 
 
 @torch.no_grad()
-def by_count(model: Any, layout: Layout, data: Sequence[Batch], counts: Iterable[int]) -> list[float]:
-    """Losses of a converted model in its class when it chooses another number of experts."""
+def by_count(
+    model: Any, original: Any, layout: Layout, data: Sequence[Batch], counts: Iterable[int]
+) -> list[float]:
+    """Losses of a converted model in its class when it chooses another number of experts; see `judge`."""
     routers = [module for module in model.modules() if isinstance(getattr(module, "top_k", None), int)]
     before, found = [router.top_k for router in routers], []
     for count in counts:
         for router in routers:
             router.top_k = count
-        found.append(judge(model, model, layout, data))
+        found.append(judge(model, original, layout, data))
     for router, count in zip(routers, before, strict=True):
         router.top_k = count
+    return found
+
+
+@torch.no_grad()
+def by_threshold(
+    model: Any, original: Any, layout: Layout, data: Sequence[Batch], cut: Cut, thresholds: Iterable[float]
+) -> list[dict[str, float]]:
+    """Losses of a converted model in tersor's own class when it chooses above another logit, and what that spends."""
+    ffns = [module for module in model.modules() if isinstance(module, RoutedFfn)]
+    found = []
+    for threshold in thresholds:
+        for ffn in ffns:
+            ffn.null_score = threshold
+        chosen = sum(map(sum, loads(model, layout, data))) / len(ffns)
+        share = (cut.shared + chosen) / cut.experts
+        found.append({"threshold": threshold, "active_share": share, "loss": judge(model, original, layout, data)})
+    for ffn in ffns:
+        ffn.null_score = layout.config.null_score
     return found

@@ -6,7 +6,8 @@ router catches together (moe/regroup.py), the router is a convex fit to which pa
 projections are solved again under the routing, block by block, against the dense model (moe/convert.py). Without
 `refit` and with every expert active the result is the dense model. What comes out opens with plain transformers
 (moe/targets.py). FFNs without a gate (BERT, GPT-2, OPT) have no stock class to go to: theirs is tersor's own
-(moe/own.py), which plain transformers refuses, and what ships is the ONNX export.
+(moe/own.py), which plain transformers refuses, and what ships is the ONNX export; there tokens and blocks may use as
+many experts as are worth it, under one budget (`dynamic`, moe/dynamic.py).
 
 The number of parameters stays (but for the router and padding to widths that transformers' kernels take): what falls
 is the work for a token.
@@ -37,7 +38,7 @@ from ..moe.convert import Method, convert
 from ..moe.cut import Cut
 from ..moe.router import KEPT
 from ..moe.targets import Target, ffn_names, find_target, restated, stored
-from ..moe.trial import bounds, by_count
+from ..moe.trial import bounds, by_count, by_threshold
 from ..pass_ import STRICT, Context, Forecast, Pass
 from ..plan import lean_weight
 from .slice import too_few_tokens
@@ -47,6 +48,8 @@ CALIBRATED = 32_768
 """Tokens of calibration that the forecast of memory assumes."""
 CURVE = 8
 """Numbers of experts, at most about, whose loss is measured."""
+THRESHOLDS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+"""Logits above which a token chooses, whose loss is measured where `dynamic`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +60,9 @@ class Moe(Pass):
         experts: equal parts that an FFN is cut into; a divisor of its width.
         active: parts that a token uses, shared ones included.
         shared: parts that every token uses; by default a quarter of the active ones where the class holds any.
+        dynamic: tokens and blocks use as many parts as are worth it, `active` of them on average; only where the FFN
+            has no gate, since no stock class can.
+        most: parts that a token may use with `dynamic`, shared ones included; by default twice as many as `active`.
         target: the stock class of the result; `auto` takes the first that holds the model.
         partition: which units go together: `caught`, those whose energy a linear router catches together; the others
             are there to be compared with, `co-activation` being where it starts.
@@ -76,6 +82,8 @@ class Moe(Pass):
     experts: Annotated[int, Field(ge=2)]
     active: Count
     shared: Annotated[int, Field(ge=0)] | None = None
+    dynamic: bool = False
+    most: Count | None = None
     target: Literal["auto", "qwen2_moe", "glm4_moe", "qwen3_moe", "mixtral", "granite_moe_shared"] = "auto"
     partition: Literal["caught", "co-activation", "random", "kmeans", "activation-rate"] = "caught"
     router: Literal["listwise", "ridge", "centre"] = "listwise"
@@ -90,12 +98,18 @@ class Moe(Pass):
         after = restated(layout, cut, target)
         if self.distill_steps and not self.refit:
             raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
+        if self.most is not None and not self.dynamic:
+            raise RecipeError("moe: most", f"{self.most} without dynamic", "dynamic: true, or none")
+        if self.dynamic and cut.chosen == cut.routed:
+            raise RecipeError("moe: dynamic", "every expert active", "fewer active ones")
         units = self.active * cut.part
         width = cut.part if target.own else cut.padded
         notes = [
             f"{target.model_type}: {cut.routed} experts of {width} units, {cut.chosen} chosen by token"
+            + (f" on average, {cut.most} at most" if cut.most else "")
             + (f", {cut.shared} shared" if cut.shared else ""),
-            f"a token uses {units} of {cut.width} FFN units ({units / cut.width:.0%})",
+            f"a token uses {units} of {cut.width} FFN units ({units / cut.width:.0%})"
+            + (f" on average, at most {(cut.shared + cut.most) * cut.part}" if cut.most else ""),
         ]
         if target.own:
             notes.append("no stock class has experts without a gate: tersor opens it, its ONNX export runs anywhere")
@@ -124,7 +138,8 @@ class Moe(Pass):
             side = Side.at_start(model, layout, fitted)
         blocks = []
         for number, block in enumerate(convert(side, layout, cut, method, fitted, context.seed, context.track)):
-            alive(block, number)
+            if not cut.most:
+                alive(block, number)
             made = stored(block, after, target, number)
             tensors |= {name: store.put(name, tensor) for name, tensor in made.items()}
             if checkpoint.lean:
@@ -135,18 +150,20 @@ class Moe(Pass):
         if judged and cut.chosen < cut.routed:
             losses = {"dense": judge(model, model, layout, judged)}
             losses |= bounds(model, layout, cut, method, fitted, judged, context.seed, context.track)
+        original = None if layout.task == "text-generation" else model  # text judges a language model, not its like
         del model, side
         checkpoint.become(after, tensors)
         if losses:
-            self._compare(checkpoint, cut, target, judged, losses, context)
+            self._compare(checkpoint, original, cut, target, judged, losses, context)
         context.details.update(
             target=target.model_type,
             task=layout.task,
             experts=cut.routed,
-            active=cut.chosen,
+            active=cut.most or cut.chosen,
             shared=cut.shared,
             active_share=cut.active / cut.experts,
-            k_at_load="free" if target.free else "fixed",
+            k_at_load="a threshold" if cut.most else "free" if target.free else "fixed",
+            active_per_layer=[b["active"] for b in blocks],
             fit_per_layer=columns(blocks, ("left_before", "left_after", "oracle_agreement")),
             load_per_layer={"busiest": [max(b["load"]) for b in blocks], "idlest": [min(b["load"]) for b in blocks]},
             load=[{f"expert {n}": share for n, share in enumerate(b["load"])} for b in blocks],
@@ -177,9 +194,10 @@ class Moe(Pass):
         if not layout.depth or any(ffn_branch(layout, block) is None for block in range(layout.depth)):
             found = f"{layout.arch.model_type}, whose FFN cannot be cut"
             raise RecipeError("moe", found, "llama, qwen2, gpt2, bert, …")
+        most = (self.most or min(2 * self.active, self.experts)) if self.dynamic else 0
         options = [self.shared] if self.shared is not None else [min(max(1, self.active // 4), self.active - 1), 0]
         for number, shared in enumerate(options):
-            cut = Cut(layout.families["ffn"], self.experts, self.active, shared)
+            cut = Cut(layout.families["ffn"], self.experts, self.active, shared, most and most - shared)
             cut.refuse()
             try:
                 return cut, find_target(layout, cut, self.target)
@@ -202,6 +220,7 @@ class Moe(Pass):
     def _compare(
         self,
         checkpoint: Checkpoint,
+        original: Any,
         cut: Cut,
         target: Target,
         judged: list[Batch],
@@ -210,15 +229,18 @@ class Moe(Pass):
     ) -> None:
         """Into the details: the loss beside its bounds, and by number of chosen experts."""
         model, layout = checkpoint.model(), checkpoint.layout
-        losses["experts"] = by_count(model, layout, judged, [cut.chosen])[0]
+        losses["experts"] = judge(model, original, layout, judged)
         context.details["loss"] = losses
-        if target.free:
+        if cut.most:
+            found = by_threshold(model, original, layout, judged, cut, THRESHOLDS)
+            context.details["loss_by_threshold"] = [{**f, "excess": f["loss"] - losses["dense"]} for f in found]
+        elif target.free:
             step = -(-cut.routed // CURVE)
             counts = sorted({*range(step, cut.routed + 1, step), cut.chosen, cut.routed})
-            found = by_count(model, layout, judged, counts)
+            curve = by_count(model, original, layout, judged, counts)
             context.details["loss_by_k"] = [
                 {"k": k, "active_share": (cut.shared + k) / cut.experts, "loss": loss, "excess": loss - losses["dense"]}
-                for k, loss in zip(counts, found, strict=True)
+                for k, loss in zip(counts, curve, strict=True)
             ]
         if losses["pruned"] <= losses["experts"]:
             numbers = f"{losses['pruned']:.3f} against {losses['experts']:.3f} nats a token"
@@ -229,6 +251,10 @@ class Moe(Pass):
 
     def _warnings(self, blocks: list[dict[str, Any]], layout: Layout, context: Context) -> list[str]:
         found = too_few_tokens(layout, context.calibration) if self.refit else []
+        idle = {number: [part for part, share in enumerate(b["load"]) if share == 0] for number, b in enumerate(blocks)}
+        if any(idle.values()):
+            said = "; ".join(f"block {number}: {parts}" for number, parts in idle.items() if parts)
+            found.append(f"experts that no calibration token chooses ({said})")
         lost = [number for number, block in enumerate(blocks) if block["kept"] < KEPT]
         if lost:
             found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")

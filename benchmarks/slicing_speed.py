@@ -51,8 +51,9 @@ def torch_calls(model: Any) -> dict[str, Call]:
 def onnx_calls(checkpoint: Checkpoint, folder: Path, threads: int) -> dict[str, Call]:
     """The same by the artifact of `onnx-decoder`; one file for both."""
     import onnxruntime
-    from tersor.export import runtime, trace
+    from tersor.export import runtime
     from tersor.export.cached import cached
+    from tersor.export.graph import trace
 
     folder.mkdir()
     trace.save(cached(checkpoint, runtime.opset(23), "auto")[0], folder)

@@ -10,11 +10,12 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.evaluate.pooling import Pooling
 
-from . import experts, experts_choice, trace, zeros
-from .core import core, head
-from .front import Clock
-from .segments import CLASSES
-from .stitch import stitch
+from .graph import trace, zeros
+from .graph.core import core, head
+from .graph.front import Clock
+from .graph.segments import CLASSES
+from .graph.stitch import stitch
+from .mixture import choice, experts
 
 
 def build(
@@ -22,8 +23,8 @@ def build(
     inputs: str,
     opset: int,
     static: tuple[int, int] | None = None,
-    form: experts_choice.Word = "auto",
-    precision: experts_choice.Precision = "float32",
+    form: choice.Word = "auto",
+    precision: choice.Precision = "float32",
     classes: Sequence[int] = CLASSES,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The model, without metadata, and its description.
@@ -64,19 +65,19 @@ def build(
 def fill(
     checkpoint: Checkpoint,
     model: ir.Model,
-    word: experts_choice.Word,
-    precision: experts_choice.Precision,
+    word: choice.Word,
+    precision: choice.Precision,
     static: bool = False,
 ) -> dict[str, Any]:
     """Give a mixture's experts their form, in place; what artifact.json says of them, nothing if there are none."""
     nodes = experts.placeholders(model.graph)
     if not nodes:
         return {}
-    form = experts_choice.form_of(word, precision, checkpoint.layout, static)
+    form = choice.form_of(word, precision, checkpoint.layout, static)
     speed: dict[str, dict[str, float]] = {}
     if word == "measure":
-        forms = experts_choice.candidates(precision, checkpoint.layout)
-        form, speed = experts_choice.measured(model.graph, forms)
+        forms = choice.candidates(precision, checkpoint.layout)
+        form, speed = choice.measured(model.graph, forms)
     said: dict[str, Any] = {
         "form": form,
         "layers": len(nodes),

@@ -28,11 +28,12 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import RecipeError
 
-from . import runtime, trace
+from . import runtime
 from .build import fill
-from .core import DOMAIN, TRACED, Core, attentions
-from .experts_choice import Precision, Word
-from .ops import CONTRIB, Ops
+from .graph import trace
+from .graph.core import DOMAIN, TRACED, Core, attentions
+from .graph.ops import CONTRIB, Ops
+from .mixture.choice import Precision, Word
 
 HIDDEN = -1e30
 """What is added to a score that padding must not have: finite, and nothing is left of it after softmax."""

@@ -15,8 +15,8 @@ import torch
 from tersor.compress.errors import ParityMissed
 
 from . import parity
-from .experts_parity import Reference, parted, revealing
 from .generate import positions
+from .mixture.parity import Reference, parted, revealing
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint

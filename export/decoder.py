@@ -21,8 +21,8 @@ from tersor.compress.layout import Layout
 from tersor.compress.pass_ import STRICT, Forecast
 from tersor.compress.tokens import Input
 
-from .experts_choice import Word, form_of
 from .generate import Generator
+from .mixture.choice import Word, form_of
 from .onnx import _empty
 
 README = """# {model_type} as ONNX, with cache
@@ -65,7 +65,7 @@ class OnnxDecoder(Exporter):
     Attributes:
         precision: of weights; `int8` in blocks of 32 with a scale each, judged by the recipe's gate.
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too.
-        experts: how a mixture's experts run (experts_choice.py).
+        experts: how a mixture's experts run (mixture/choice.py).
     """
 
     precision: Literal["float32", "int8"] = "float32"
@@ -99,8 +99,10 @@ class OnnxDecoder(Exporter):
             raise
 
     def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
-        from . import artifact, cached_parity, nbits, runtime, trace
+        from . import artifact, cached_parity, runtime
         from .cached import cached
+        from .graph import trace
+        from .small import nbits
 
         word: Word = "auto" if self.precision == "int8" else self.experts
         model, routed = cached(checkpoint, runtime.opset(self.opset), word)

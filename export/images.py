@@ -18,9 +18,10 @@ from tersor.compress.evaluate import OUTPUTS, Output
 from tersor.compress.tokens import Input, Tokens
 from torch import nn
 
-from . import artifact, parity, trace, zeros
+from . import artifact, parity
 from .artifact import Artifact
-from .core import TRACED
+from .graph import trace, zeros
+from .graph.core import TRACED
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint

@@ -27,9 +27,9 @@ from tersor.compress.pass_ import STRICT, Forecast
 from tersor.compress.tokens import Input, Tokens
 
 from .client import Client
-from .experts_choice import Word, form_of
+from .graph.segments import CLASSES
 from .images import ImageClient
-from .segments import CLASSES
+from .mixture.choice import Word, form_of
 
 TASKS = (
     "feature-extraction",
@@ -51,7 +51,7 @@ class Onnx(Exporter):
         precision: of products and tables, see above; products that it would hurt stay in float32 and are listed.
         opset: ONNX opset; 23 opens in ONNX Runtime 1.23 too, 24 is 5 to 12 % faster; the newest if not set.
         experts: how a mixture's experts run: `slices` of standard operators, ONNX Runtime's own `operator`, the
-            `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (experts_choice.py).
+            `whole` FFN masked; `auto` goes by a rule, `measure` by a clock on this machine (mixture/choice.py).
         classes: bounds of the length classes in which attention runs, rising; 32, 64, 128 and 256 if not set.
         width: tokens in a row of `packed-static`.
         rows: rows in a call of `packed-static`.
@@ -110,8 +110,10 @@ class Onnx(Exporter):
             raise
 
     def _write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
-        from . import artifact, images, int8, parity, precision, readme, runtime, trace
+        from . import artifact, images, parity, readme, runtime
         from .build import build
+        from .graph import trace
+        from .small import int8, precision
 
         opset = runtime.opset(self.opset)
         if self.precision == "int8":

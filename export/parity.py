@@ -51,7 +51,7 @@ class Figures:
     sequences: int
     calls: int
     followed: int = 0
-    """Choices of experts in which the reference followed the artifact (experts_parity.py)."""
+    """Choices of experts in which the reference followed the artifact (mixture/parity.py)."""
 
     @classmethod
     def of(
@@ -169,7 +169,7 @@ def by_output(name: str, values: Sequence[np.ndarray], pooling: dict[str, Any]) 
 
 def measure(checkpoint: Checkpoint, client: Client, samples: Sequence[Input]) -> dict[str, Figures]:
     """Figures by output name."""
-    from .experts_parity import Chosen, Reference
+    from .mixture.parity import Chosen, Reference
 
     ids = sample(client.artifact, samples)
     done, stock = list(calls(client, ids)), Reference(checkpoint, ids)

@@ -22,9 +22,10 @@ from tersor.compress.evaluate.gate import Gate, judge
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.paths import package_path
 from tersor.compress.pretrained import locate
-from tersor.export import cached, cached_parity, nbits, runtime
+from tersor.export import cached, cached_parity, runtime
 from tersor.export.decoder import OnnxDecoder
 from tersor.export.generate import Generator, choose
+from tersor.export.small import nbits
 
 WIDE: dict[str, Any] = {"head_dim": 8, "max_position_embeddings": 128}
 FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -24,12 +24,13 @@ from tersor.compress.evaluate import OUTPUTS
 from tersor.compress.evaluate.pooling import Pooling
 from tersor.compress.pretrained import locate
 from tersor.export import onnx as exporter
-from tersor.export import parity, runtime, trace
+from tersor.export import parity, runtime
 from tersor.export.artifact import Artifact
 from tersor.export.build import build
 from tersor.export.client import Client
+from tersor.export.graph import trace
+from tersor.export.graph.segments import CLASSES
 from tersor.export.onnx import Onnx
-from tersor.export.segments import CLASSES
 
 FORMS = {
     "bert": ("bert", "", "packed"),
@@ -369,7 +370,7 @@ def test_options_are_strict(tiny: Any) -> None:
 
 
 def test_attention_arguments_that_are_not_understood_are_refused() -> None:
-    from tersor.export.core import refuse_unknown
+    from tersor.export.graph.core import refuse_unknown
 
     refuse_unknown({"dropout": 0.0, "position_bias": None})
     with pytest.raises(RecipeError, match="position_bias"):
@@ -507,7 +508,7 @@ def test_many_weights_lie_beside_the_graph(
 
 def test_one_scale_for_all_tokens_would_depend_on_neighbours() -> None:
     """The twin: per tensor, a loud neighbour changes a quiet line; per line it cannot."""
-    from tersor.export import int8
+    from tersor.export.small import int8
 
     quiet, loud = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
     both = np.concatenate([quiet, 50 * loud])

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tersor.compress.errors import ParityMissed, RecipeError
 from tersor.compress.moe.routing import Routing
-from tersor.export import experts, experts_choice, parity, runtime
+from tersor.export import parity, runtime
 from tersor.export.client import Client
 from tersor.export.decoder import OnnxDecoder
-from tersor.export.experts_parity import Chosen
+from tersor.export.graph.ops import CONTRIB
+from tersor.export.mixture import choice, experts
+from tersor.export.mixture.parity import Chosen
 from tersor.export.onnx import Onnx
-from tersor.export.ops import CONTRIB
 
 CLASSES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoeshared")
 QUICK = {"qwen2_moe"}
@@ -22,7 +23,7 @@ each_class = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CLASSES]
 )
 EXPERTS, CHOSEN, HIDDEN, FFN = 6, 2, 64, 40
-needs_operator = pytest.mark.skipif(not runtime.knows(experts_choice.OPERATOR), reason="an older ONNX Runtime")
+needs_operator = pytest.mark.skipif(not runtime.knows(choice.OPERATOR), reason="an older ONNX Runtime")
 
 
 def samples(seed: int = 0) -> list[np.ndarray]:
@@ -57,7 +58,7 @@ def expected(node: ir.Node, feed: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def run(node: ir.Node, form: experts.Form, feed: dict[str, np.ndarray]) -> np.ndarray:
-    model = ir.to_proto(experts_choice.alone(node, form)).SerializeToString()
+    model = ir.to_proto(choice.alone(node, form)).SerializeToString()
     return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feed)[0]
 
 
@@ -73,7 +74,7 @@ OPERATORS = [pytest.param(form, limit, marks=needs_operator) for form, limit in 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_every_form_is_the_sum(form, limit, tokens):
     node = placeholder()
-    feed = experts_choice.drawn(node, tokens)
+    feed = choice.drawn(node, tokens)
     feed["weights"] = np.random.default_rng(2).random(feed["weights"].shape, np.float32) + 0.1
     wanted = expected(node, feed)
     assert relative(run(node, form, feed), wanted) < limit
@@ -84,37 +85,37 @@ def test_every_form_is_the_sum(form, limit, tokens):
 @pytest.mark.parametrize("form", ["slices", "slices-int8"])
 def test_one_expert_may_take_all_tokens_and_the_others_none(form):
     node = placeholder()
-    feed = experts_choice.drawn(node, 9)
+    feed = choice.drawn(node, 9)
     feed["index"][:] = [3, 5]
     assert relative(run(node, form, feed), expected(node, feed)) < 0.06
 
 
 def test_an_eight_bit_answer_depends_on_its_token_alone():
-    node, alone = placeholder(), experts_choice.drawn(placeholder(), 1)
+    node, alone = placeholder(), choice.drawn(placeholder(), 1)
     feed = {name: np.repeat(value, 5, axis=0) for name, value in alone.items()}
     feed["x"][1:] *= 100
     assert np.array_equal(run(node, "slices-int8", feed)[0], run(node, "slices-int8", alone)[0])
 
 
 def test_slices_are_standard_operators():
-    graph = experts_choice.alone(placeholder(), "slices").graph
+    graph = choice.alone(placeholder(), "slices").graph
     assert {node.domain for node in ir.traversal.RecursiveGraphIterator(graph)} == {""}
-    eight = experts_choice.alone(placeholder(), "slices-int8").graph
+    eight = choice.alone(placeholder(), "slices-int8").graph
     assert CONTRIB in {node.domain for node in ir.traversal.RecursiveGraphIterator(eight)}
 
 
 def test_an_activation_that_no_form_has_is_refused():
     with pytest.raises(RecipeError, match="experts with tanh"):
-        experts_choice.alone(placeholder("tanh"), "slices")
+        choice.alone(placeholder("tanh"), "slices")
 
 
 def test_the_clock_takes_what_is_never_slower(monkeypatch):
     node = placeholder()
     graph = ir.Graph([], [], nodes=[node])
-    monkeypatch.setattr(experts_choice, "REPEATS", dict.fromkeys(experts_choice.TOKENS, 1))
-    form, ratios = experts_choice.measured(graph, ["whole", "slices"])
-    assert ratios["whole"] == dict.fromkeys(map(str, experts_choice.TOKENS), 1.0)
-    slower = min(ratios["slices"].values()) < experts_choice.EVEN
+    monkeypatch.setattr(choice, "REPEATS", dict.fromkeys(choice.TOKENS, 1))
+    form, ratios = choice.measured(graph, ["whole", "slices"])
+    assert ratios["whole"] == dict.fromkeys(map(str, choice.TOKENS), 1.0)
+    slower = min(ratios["slices"].values()) < choice.EVEN
     assert form == "whole" if slower else form in ratios
 
 
@@ -241,7 +242,7 @@ def test_a_forward_follows_the_choices_it_is_given(name, tiny):
     ],
 )
 def test_forms_that_cannot_be_are_refused(tiny, options, said):
-    if "operator" in options.values() and not runtime.knows(experts_choice.OPERATOR):
+    if "operator" in options.values() and not runtime.knows(choice.OPERATOR):
         pytest.skip("an older ONNX Runtime")
     with pytest.raises(RecipeError, match=said):
         Onnx(**options).requires(tiny("qwen2_moe", "text-generation").layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tersor.export import trace, zeros
+from tersor.export.graph import trace, zeros
 from torch import nn
 
 onnxruntime = pytest.importorskip("onnxruntime")

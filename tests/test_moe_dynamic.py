@@ -16,10 +16,10 @@ from tersor.compress.moe.routing import Routing, loads
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.compress.tokens import Tokens
-from tersor.export import experts, experts_choice
 from tersor.export.client import Client
 from tersor.export.decoder import OnnxDecoder
-from tersor.export.experts_parity import Chosen
+from tersor.export.mixture import choice, experts
+from tersor.export.mixture.parity import Chosen
 from tersor.export.onnx import Onnx
 
 CASES = [("bert", "feature-extraction"), ("gpt2", "text-generation"), ("opt", "text-generation")]
@@ -161,7 +161,7 @@ def test_no_expert_adds_nothing(form):
     attributes = {"activation": "relu", "chosen": count, "nulls": count}
     inputs = [ir.Value(name=name) for name in ("x", "index", "weights")]
     node = ir.node("Experts", [*inputs, *stacks], attributes, domain=experts.DOMAIN)
-    session = onnxruntime.InferenceSession(ir.to_proto(experts_choice.alone(node, form)).SerializeToString())
+    session = onnxruntime.InferenceSession(ir.to_proto(choice.alone(node, form)).SerializeToString())
     index = np.array([[4, 4, 4, 4], [2, 4, 4, 4], [3, 0, 4, 4], [1, 0, 2, 3]])
     x = draw.standard_normal((4, width)).astype(np.float32)
 

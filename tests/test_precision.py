@@ -12,10 +12,11 @@ from tersor.compress.catalogue import describe
 from tersor.compress.errors import GateMissed
 from tersor.compress.evaluate.torch_scorer import TorchScorer
 from tersor.compress.reporting import report
-from tersor.export import int8, nbits, runtime
+from tersor.export import runtime
 from tersor.export.client import Client
 from tersor.export.onnx import Onnx
-from tersor.export.precision import PRECISIONS, dynamic_error
+from tersor.export.small import int8, nbits
+from tersor.export.small.precision import PRECISIONS, dynamic_error
 
 SPOILT = "encoder.layer.1.attention.output.dense.weight"
 pytestmark = pytest.mark.skipif(not runtime.knows("int8"), reason="this ONNX Runtime has no int8 products of this form")

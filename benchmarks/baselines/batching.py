@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from tersor.compress.checkpoint import Checkpoint
-from tersor.export.trace import trace
+from tersor.export.graph.trace import trace
 from torch import nn
 
 BATCH, CALL = 32, 1024

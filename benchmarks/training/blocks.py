@@ -197,7 +197,7 @@ def onnx(rounds: int) -> None:
     import tempfile
 
     import onnxruntime
-    from tersor.export import trace, zeros
+    from tersor.export.graph import trace, zeros
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

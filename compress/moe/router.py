@@ -13,7 +13,7 @@ Adam from the first; ListNet's cross-entropy, Cao et al. 2007, with energies for
 Selection depends on the order of the logits alone. Scaled down far enough, the weight that a class gives a chosen
 expert (a softmax, a sigmoid) is nearly a known constant, which is folded into the weights; too far, and probabilities
 tie in float32. `smallest_scale` finds the smallest power of two at which the class still chooses as it should. What
-ties there scores alike, so that either choice is right (export/experts_parity.py holds artifacts to that).
+ties there scores alike, so that either choice is right (export/mixture/parity.py holds artifacts to that).
 
 For comparison, and in no stock class: `mlp` (MoEfication), `analytic` (CMoE: each part's most typical unit, gate times
 up), and `oracle`, the true importance, which bounds what any router can do.

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from .ops import CONTRIB, Ops
+from ..graph.ops import CONTRIB, Ops
 
 if TYPE_CHECKING:
     from tersor.compress.tokens import Tokens
 
-    from .client import Client
+    from ..client import Client
 
 LEVELS = 90
 """Largest weight in int8, see above."""

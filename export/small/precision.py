@@ -82,7 +82,7 @@ def _blocks(bits: int, model: ir.Model, keep: Sequence[str]) -> ir.Model:
 def _dynamic(model: ir.Model, keep: Sequence[str]) -> ir.Model:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from . import trace
+    from ..graph import trace
 
     spared = [str(node.name) for node in model.graph if node.outputs and node.outputs[0].name in keep]
     with tempfile.TemporaryDirectory() as folder, trace.quiet():

@@ -34,9 +34,9 @@ import onnx_ir as ir
 import torch
 from tersor.compress.moe.own import RoutedFfn
 
-from . import int8
-from .nbits import BLOCK, INTEGER, blocks
-from .ops import CONTRIB, Ops
+from ..graph.ops import CONTRIB, Ops
+from ..small import int8
+from ..small.nbits import BLOCK, INTEGER, blocks
 
 DOMAIN = "tersor"
 PLACEHOLDER = "Experts"

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from .ops import CONTRIB, Ops
+from ..graph.ops import CONTRIB, Ops
 
 BLOCK = 32
 INTEGER = 4

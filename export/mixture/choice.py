@@ -22,9 +22,10 @@ import onnx_ir as ir
 from tersor.compress.errors import RecipeError
 from tersor.compress.layout import Layout
 
-from . import experts, runtime
-from .nbits import BLOCK
-from .ops import CONTRIB
+from .. import runtime
+from ..graph.ops import CONTRIB
+from ..small.nbits import BLOCK
+from . import experts
 
 Word = Literal["auto", "slices", "operator", "whole", "measure"]
 Precision = Literal["float32", "int8", "blocks"]

@@ -15,7 +15,8 @@ import torch
 from tersor.compress.errors import RecipeError
 from torch import nn
 
-from . import experts, trace
+from ..mixture import experts
+from . import trace
 
 ATTENTION = "tersor_core"
 DOMAIN = "tersor"

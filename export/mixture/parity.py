@@ -23,13 +23,13 @@ from tersor.compress.evaluate.tree import Tree, trees
 from tersor.compress.moe.routing import Routing
 from tersor.compress.tokens import Tokens
 
-from . import parity
+from .. import parity
 
 if TYPE_CHECKING:
     from tersor.compress.checkpoint import Checkpoint
 
-    from .client import Client
-    from .generate import Generator
+    from ..client import Client
+    from ..generate import Generator
 
 ROUNDING = 2.0**-22
 """Of the largest score: what two float32 evaluations of one score may differ by."""

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tersor.compress.evaluate.pooling import Pooling
 
-from . import runtime
+from .. import runtime
 from .cells import Cells
 from .core import DOMAIN, attentions
 from .front import Clock, Front

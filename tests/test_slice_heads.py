@@ -121,6 +121,7 @@ def test_a_config_that_counts_frequencies_itself_keeps_its_heads(tiny):
     long = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=32)
     assert free_words(long.layout) == ["ffn"]
     assert free_words(tiny("phi3").layout) == ["hidden", "ffn", "heads"]
+    assert free_words(tiny("llama", hidden_size=64).layout) == ["hidden", "ffn", "heads"], "six heads do not divide 64"
     with pytest.raises(RecipeError, match="transformers refuses"):
         Slice(remove=0.2, on=["hidden"]).requires(long.layout)
 

@@ -39,9 +39,12 @@ def free_words(layout: Layout) -> list[str]:
 def _held(layout: Layout, axis: str) -> bool:
     """Whether this config may state a smaller size: Phi-3's with longrope fixes hidden over the number of heads."""
     step = layout.grid(axis)
-    smaller = layout.families[axis] // step * step - step
+    sizes = {axis: max(layout.families[axis] // step * step - step, step)}
+    if axis != "hidden" and layout.arch.axis("hidden"):  # which fewer heads may have to divide
+        step = layout.grid("hidden", sizes)
+        sizes["hidden"] = layout.families["hidden"] // step * step
     try:
-        return smaller <= 0 or bool(layout.resized({axis: smaller}))
+        return bool(layout.resized(sizes))
     except RecipeError:
         return False
 

@@ -19,6 +19,7 @@ from tersor.compress.passes.recover import Recover, matrices
 from tersor.compress.passes.slice import Slice
 from tersor.compress.progress import Progress
 from tersor.compress.rundir import hash_tree
+from tersor.compress.train import learning
 from tersor.compress.train import options as train_options
 from tersor.compress.train.generated import continued
 from tersor.compress.train.learning import rows
@@ -174,6 +175,23 @@ def test_other_tasks_recover_too(tiny, model_type, task, lora):
     details: dict = {}
     options.apply(damaged, Context(data, original=original, details=details))
     assert np.mean(details["loss"]["loss"][-4:]) < np.mean(details["loss"]["loss"][:4])
+
+
+def test_in_bfloat16_short_sequences_have_plain_attention_and_the_same_loss(tiny, monkeypatch):
+    original = tiny("llama")
+    text, made, losses = sequences(original), tiny("llama", num_attention_heads=2, num_key_value_heads=2), {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for precision, short in (("float32", 512), ("bfloat16", 512), ("bfloat16", 16)):
+        monkeypatch.setattr(learning, "SHORT", short)
+        lesson = Recover(precision=precision).lesson("recover", made, Context(text, original=original), text)
+        attention = lesson.model.config._attn_implementation
+        losses[precision, attention] = float(
+            lesson.objective(lesson.model, lesson.data.collate(lesson.data.items)).detach()
+        )
+    assert [attention for _, attention in losses] == ["sdpa", "eager", "sdpa"]
+    expected = losses["float32", "sdpa"]
+    assert expected > 1
+    assert all(found == pytest.approx(expected, rel=1e-3) for found in losses.values())
 
 
 def test_the_stored_dtype_stays(tiny):

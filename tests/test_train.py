@@ -27,6 +27,8 @@ from tersor.compress.train import (
     fsdp2,
     images,
     loop,
+    losses,
+    options,
     text,
     train,
 )
@@ -293,6 +295,33 @@ def test_divergence_is_the_definition():
     assert float(divergence(found, wanted, 2.0)) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("piece", [1, 30, 1 << 17])
+def test_divergence_and_its_gradient_are_those_of_autograd(temperature, piece, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    found, wanted = (3 * torch.randn(2, 6, 9, generator=generator) for _ in range(2))
+    real = torch.rand(2, 6, generator=generator) < 0.7
+    assert 0 < int(real.sum()) < 12
+    monkeypatch.setattr(losses, "PIECE", piece)
+
+    def of(distance) -> tuple[torch.Tensor, torch.Tensor]:
+        x = found.clone().requires_grad_()
+        total = distance(x)
+        (0.3 * total).backward()
+        return total.detach(), x.grad
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        ours, theirs = (torch.log_softmax(each[real] / temperature, -1) for each in (x, wanted))
+        return temperature**2 * torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+    ours, expected = of(lambda x: divergence(x, wanted, temperature, real)), of(plain)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    every = of(lambda x: divergence(x, wanted, temperature))
+    assert abs(float(every[0] - expected[0])) > 0.1, "rows that are not real count in no sum"
+    assert not bool(ours[1][~real].any())
+    assert bool(every[1][~real].any())
+
+
 def test_hidden_states_of_another_width_are_refused(tiny):
     model, layout = module(tiny)
     teacher, _ = module(tiny, hidden_size=96)
@@ -429,7 +458,7 @@ def test_a_matrix_far_smaller_than_its_peers_moves_in_proportion(tiny):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_multiplies_in_bfloat16_where_the_machine_does(able, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(options, "multiplies_bfloat16", lambda: able)
     found = {
         p: loop.arguments_of(Training(precision=p), tmp_path, 0, False).bf16 for p in ("float32", "auto", "bfloat16")
     }

@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 WIDTH = 512
 """Tokens of a row that the forecast of memory assumes."""
+SHORT = 512
+"""Longest sequences for which plain attention trains faster than torch's fused one in bfloat16 on CPUs.
+
+There the fused one's backward pass is the largest part of a step of a small model; probabilities of so few tokens fit.
+"""
 POINTS = 200
 """Most points of a curve that the journal keeps."""
 
@@ -115,7 +120,8 @@ class Learning(Training):
                 teacher, text, self.continued, longest, seed=context.seed, folder=context.folder, track=context.track
             )
             text = [*text, *drawn]
-        model: nn.Module = copy.deepcopy(checkpoint.model()).requires_grad_(True)
+        model: Any = copy.deepcopy(checkpoint.model()).requires_grad_(True)
+        self._attend([each for each in (model, teacher) if each is not None], max(map(len, text)))
         data = rows(model, layout, text, self.width)
         if self.redrawn:
             from .redrawn import redrawn
@@ -127,6 +133,14 @@ class Learning(Training):
         if teacher is not None and (self.distill or self.hidden):
             objective = Distillation(teacher, self.distill, self.temperature, self.hidden)
         return Lesson(model, data, objective, keeps)
+
+    def _attend(self, models: Sequence[Any], longest: int) -> None:
+        """Plain attention where torch's fused one is slower."""
+        import torch
+
+        if self.in_bfloat16 and not torch.cuda.is_available() and longest <= SHORT:
+            for model in models:
+                model.set_attn_implementation("eager")
 
 
 @plain_dataclass(eq=False)

@@ -34,7 +34,7 @@ from ..pretrained import quiet
 from . import state as disk
 from .losses import Objective, answers
 from .memory import checkpoint_activations
-from .options import Training, multiplies_bfloat16
+from .options import Training
 from .rows import Rows
 
 SMALL = 1 / 16
@@ -163,7 +163,7 @@ def arguments_of(options: Training, folder: Path, seed: int, keeps: bool) -> Tra
         lr_scheduler_kwargs=more,
         warmup_steps=warm,
         max_grad_norm=options.clip,
-        bf16=options.precision == "bfloat16" or (options.precision == "auto" and multiplies_bfloat16()),
+        bf16=options.in_bfloat16,
         save_strategy="steps" if keeps else "no",
         save_steps=options.save_every,
         save_total_limit=max(2, options.average),

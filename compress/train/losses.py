@@ -11,6 +11,9 @@ processes of a step, so that neither accumulation nor packing nor padding change
 KL on logits softened by T: Hinton et al. (arXiv 1503.02531), whose T² keeps the gradient's size. The hidden term is
 relative, layer by layer, so that β means the same in every layer and model; it needs equal shapes. Both logits are
 taken in float32: a log-softmax over a vocabulary loses its tail in bfloat16.
+
+The divergence makes its gradient, softmax(student) − softmax(original), in the forward pass, a few rows at a time:
+float32 copies of a whole batch's logits never exist, and what does stays in cache.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from torch.nn import functional
 from ..errors import RecipeError
 
 IGNORED = -100
+PIECE = 1 << 17
+"""Logits that the divergence looks at together: their float32 copies stay in a core's cache."""
 OURS = ("targets",)
 """Keys of a batch that the model does not see."""
 
@@ -123,12 +128,11 @@ class Distillation:
         real = batch["targets"].ne(IGNORED)
         if getattr(output, "logits", None) is None:
             return real.sum() * relative_error(output.last_hidden_state, wanted.last_hidden_state, real)
-        found, right = logits(output), logits(wanted)
-        total = found.new_zeros(())
+        total = torch.zeros((), device=real.device)
         if self.soft > 0:
-            total = total + self.soft * divergence(found[real], right[real], self.temperature)
+            total = total + self.soft * divergence(output.logits, wanted.logits, self.temperature, real)
         if self.soft < 1:
-            total = total + (1 - self.soft) * negative_log_likelihood(found, batch["targets"])
+            total = total + (1 - self.soft) * negative_log_likelihood(logits(output), batch["targets"])
         if self.hidden:
             total = total + self.hidden * real.sum() * self._states(output, wanted, real)
         return total
@@ -151,12 +155,49 @@ class Distillation:
         self.teacher.to(device)
 
 
-def divergence(found: torch.Tensor, wanted: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """T²·Σ KL(wanted ‖ found) in nats, for logits `[n, classes]`; of single numbers, half the squared distance."""
+def divergence(
+    found: torch.Tensor, wanted: torch.Tensor, temperature: float = 1.0, real: torch.Tensor | None = None
+) -> torch.Tensor:
+    """T²·Σ KL(wanted ‖ found) in nats (float32 scalar); of single numbers, half the squared distance.
+
+    Args:
+        found: logits `[…, classes]`, floating; gradients flow through these alone.
+        wanted: logits of the same shape.
+        temperature: T.
+        real: bool `[…]`, which rows count; None for all.
+    """
     if found.shape[-1] == 1:
-        return 0.5 * (found - wanted).square().sum()
-    ours, theirs = (torch.log_softmax(each / temperature, dim=-1) for each in (found, wanted))
-    return temperature**2 * functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+        squares = (found.float() - wanted.float()).square().squeeze(-1)
+        return 0.5 * (squares if real is None else squares[real]).sum()
+    real = real if real is not None else torch.ones(found.shape[:-1], dtype=torch.bool, device=found.device)
+    total: torch.Tensor = Divergence.apply(found, wanted, real, temperature)
+    return total
+
+
+class Divergence(torch.autograd.Function):
+    """T²·Σ KL over rows of logits, and its gradient, T·(softmax(found / T) − softmax(wanted / T))."""
+
+    @staticmethod
+    def forward(ctx: Any, found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor, t: float) -> torch.Tensor:
+        """The sum over rows that are real; the gradient is kept in the dtype of `found`."""
+        ours, theirs, counts = found.flatten(0, -2), wanted.flatten(0, -2), real.flatten()
+        gradient = torch.empty_like(ours) if ctx.needs_input_grad[0] else None
+        total, rows = torch.zeros((), device=found.device), max(1, PIECE // ours.shape[-1])
+        for first in range(0, len(ours), rows):
+            part = slice(first, first + rows)
+            q, p = (torch.log_softmax(each[part].float() / t, -1) for each in (ours, theirs))
+            share = p.exp()
+            total += t**2 * p.sub_(q).mul_(share).sum(-1)[counts[part]].sum()
+            if gradient is not None:
+                gradient[part] = q.exp_().sub_(share).mul_(t * counts[part, None])
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(found))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Of `found` alone."""
+        return ctx.saved_tensors[0] * gradients[0], None, None, None
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:

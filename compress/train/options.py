@@ -52,6 +52,11 @@ class Training:
     save_every: Count = 50
     average: Count = 1
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether products run in bfloat16 on this machine."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and multiplies_bfloat16())
+
 
 def needs_extra(place: str) -> None:
     """Refuse to train where the libraries for it are missing.

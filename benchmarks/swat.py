@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--bfloat16", action="store_true", help="all methods multiply in bfloat16")
     parser.add_argument("--mnist", type=Path)
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--without-digits", action="store_true")
@@ -56,7 +57,7 @@ def main() -> None:
     if "text" in options.table:
         tasks.append(text())
     for task in tasks:
-        task.steps = options.steps or task.steps
+        task.steps, task.bfloat16 = options.steps or task.steps, options.bfloat16
         chosen = compare(task, options.seeds, options.only)
         if options.plot:
             word = task.name.split(",")[0].split()[0].lower()

@@ -36,7 +36,7 @@ class Method:
 
 def methods() -> list[Method]:
     """Dense, ours, and what it is held against; exact mode and the paper's recipe differ by ramp and exempt layers."""
-    found = [Method("dense float32"), Method("dense bfloat16", bfloat16=True)]
+    found = [Method("dense"), Method("dense bfloat16", bfloat16=True)]
     for s in (0.8, 0.9):
         both = {"weights": s, "activations": s}
         paper = {**both, "ramp": "none", "exempt": ("first",)}
@@ -49,6 +49,11 @@ def methods() -> list[Method]:
     for s in (0.7, 0.8):
         found.append(Method(f"ours, structured {s:.0%}", {"mode": "structured", "weights": s, "activations": s}))
     return found
+
+
+def rate(done: int, steps: int) -> float:
+    """Share of the highest learning rate: it rises over the first twentieth and falls as a cosine to 0."""
+    return min(1.0, 20 * (done + 1) / steps) * 0.5 * (1 + math.cos(math.pi * done / steps))
 
 
 def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[float, float, list[float]]:
@@ -75,7 +80,7 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
             reduced = whole - sum(works.values()) * (2 * method.words["weights"] + method.words["activations"])
             steps = round(budget / reduced)
         optimizer = torch.optim.Adam(model.parameters(), lr=task.rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate(done, steps))
         masks, counted, losses = None, 0.0, []
         if method.baseline:
             grow = {"prune": None, "SET": "random", "RigL": "gradient"}[method.baseline]
@@ -85,7 +90,7 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
         with context as training:
             for step in range(steps):
                 x, y = task.batch(seed, step)
-                with torch.autocast("cpu", torch.bfloat16, enabled=method.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=method.bfloat16 or task.bfloat16):
                     loss = task.loss(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -107,10 +112,12 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
 def compare(task: Task, seeds: int, only: list[str] | None) -> list[Method]:
     from scipy.stats import t
 
-    chosen = [m for m in methods() if only is None or any(word in m.name for word in (*only, "dense float32"))]
+    dense, *others = [m for m in methods() if not (m.bfloat16 and task.bfloat16)]
+    chosen = [dense, *(m for m in others if only is None or any(word in m.name for word in only))]
     made = {m.name: m for m in chosen}
     unit = "%" if task.higher else "nats"
-    print(f"\n{task.name}: {task.steps} steps, {seeds} paired seeds\n")
+    dtype = "bfloat16" if task.bfloat16 else "float32"
+    print(f"\n{task.name}: {task.steps} steps, {seeds} paired seeds, products in {dtype}\n")
     print(f"| method | {unit} | − dense, mean [95 %] | counted FLOPs of dense |\n|---|---|---|---|", flush=True)
     for method in chosen:
         for seed in range(seeds):
@@ -119,7 +126,6 @@ def compare(task: Task, seeds: int, only: list[str] | None) -> list[Method]:
             method.scores.append(score)
             method.counted.append(counted)
             method.losses.append(losses)
-        dense = chosen[0]
         gaps = [a - b for a, b in zip(method.scores, dense.scores, strict=True)]
         spread = ""
         if seeds > 1:

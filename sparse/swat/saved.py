@@ -6,7 +6,7 @@
     Rows        a random subset of tokens, for gradients that are unbiased rather than truncated
 
 Each is tensors, which go through `save_for_backward` so that autograd and its hooks see them, and a plan without
-tensors that rebuilds the input from them. A tensor read by several layers (q, k and v) is kept once: `Reader` leaves
+tensors that rebuilds the input from them. A tensor read by several layers (q, k and v) is kept once: `once` leaves
 what it kept on the tensor for the next one. The gate is per tensor, as in the paper; nothing is known of the model.
 """
 

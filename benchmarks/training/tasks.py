@@ -26,8 +26,8 @@ class Task:
     score: Callable[[nn.Module, int], float]
     rate: float = 1e-3
     higher: bool = True
-    bfloat16: bool = False
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.cross_entropy
+    bfloat16: bool = False
 
 
 def classifier(

@@ -124,10 +124,13 @@ class Learning(Training):
         self._attend([each for each in (model, teacher) if each is not None], max(map(len, text)))
         data = rows(model, layout, text, self.width)
         if self.redrawn:
+            from torch import autocast, bfloat16
+
             from .redrawn import redrawn
 
             assert teacher is not None
-            data = redrawn(teacher, data, self.redrawn, context.seed, context.track)
+            with autocast("cpu", bfloat16, enabled=self.in_bfloat16):
+                data = redrawn(teacher, data, self.redrawn, context.seed, context.track)
         keeps.hold(model)
         objective: Objective = LanguageModel()
         if teacher is not None and (self.distill or self.hidden):

@@ -238,7 +238,8 @@ class Loop(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The batch's part of the step's mean loss of an answer; DDP's averaging over processes is undone."""
-        loss = self.objective(model, inputs) / num_items_in_batch * self.args.world_size
+        with self.accelerator.autocast():  # which wraps the model's forward alone: an original would run in float32
+            loss = self.objective(model, inputs) / num_items_in_batch * self.args.world_size
         if not bool(torch.isfinite(loss)):
             raise RecipeError(
                 f"train: step {self.state.global_step + 1}",

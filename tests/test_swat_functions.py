@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tersor.sparse.meters import saved_bytes
 from tersor.sparse.swat import SparseTraining, Sparsity
 from tersor.sparse.swat.encoding import (
     decode,
@@ -237,11 +238,13 @@ def normed() -> tuple[nn.Module, torch.Tensor]:
         return model.train(), torch.randn(16, 3, 12, 12)
 
 
-def gradients(share: float, tell: bool, training: bool = True) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def gradients(
+    share: float, tell: bool, training: bool = True, drop: str = "all"
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Of two steps, with norms that tell what their output comes from or do not; and the buffers behind them."""
     model, x = normed()
     model.train(training)
-    sparse = SparseTraining(model, Sparsity(weights=0.5, activations=share, ramp="none", exempt=()), 2)
+    sparse = SparseTraining(model, Sparsity(weights=0.5, activations=share, drop=drop, ramp="none", exempt=()), 2)
     for norm in sparse._norms.values():
         norm.tells &= tell
     sparse.attach()
@@ -261,3 +264,32 @@ def test_what_a_norm_makes_again_is_what_was_kept(training):
 def test_another_threshold_gives_other_gradients():
     """The twin: what is made again is masked."""
     assert not torch.equal(gradients(0.8, True)[0][0], gradients(0.79, True)[0][0])
+
+
+def test_where_dropping_saves_no_byte_nothing_is_dropped():
+    """What norms and activations keep is read whole; an input that is kept for its layer alone is not."""
+
+    def of(drop: str, activations: float) -> tuple[list[torch.Tensor], int]:
+        model, x = normed()
+        model[9] = nn.Sequential(nn.Flatten(1), Doubled())  # nobody keeps what it makes
+        model[10] = nn.Identity()
+        options = Sparsity(weights=0.5, activations=activations, drop=drop, ramp="none", exempt=())
+        with saved_bytes(model, x) as found:
+            training = SparseTraining(model, options, 1)
+            training.attach()
+            loss = model(x).square().mean()
+        loss.backward()
+        return [p.grad for name, p in model.named_parameters() if name in ("8.weight", "11.weight")], found.total
+
+    (spared, bytes_spared), (published, bytes_published) = of("stored", 0.8), of("all", 0.8)
+    (whole, _) = of("stored", 0.0)
+    assert bytes_spared <= bytes_published
+    assert torch.equal(spared[0], whole[0])
+    assert not torch.equal(published[0], whole[0])
+    assert torch.equal(spared[1], published[1])
+    assert not torch.equal(spared[1], whole[1])
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x

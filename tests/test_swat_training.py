@@ -260,10 +260,13 @@ def test_counted_and_realised():
     dense = measure(step)
     parts = {"0": 2 * 20 * 48, "2": 3 * 48 * 48, "4": 3 * 48 * 48, "6": 3 * 48 * 4}
     assert dense.dense == dense.counted == dense.realised == 2 * 40 * sum(parts.values())
-    with swat(model, steps=1, ramp="none", weights=0.75, activations=0.5) as training:
-        exact = measure(step, training)
-    assert exact.realised == exact.dense == dense.dense, "masks do not make a product smaller"
-    assert exact.counted == dense.dense - 2 * 40 * 2 * 48 * 48 * (2 * 0.75 + 0.5)
+    for drop, left_out in (("all", 2 * 0.5), ("stored", 0.5)):  # behind GELU, whose input is kept, nothing is dropped
+        model = mlp()
+        with swat(model, steps=1, ramp="none", weights=0.75, activations=0.5, drop=drop) as training:
+            step()  # tells ReLU who reads it
+            exact = measure(step, training)
+        assert exact.realised == exact.dense == dense.dense, "masks do not make a product smaller"
+        assert exact.counted == dense.dense - 2 * 40 * 48 * 48 * (2 * 2 * 0.75 + left_out)
     with swat(mlp(), steps=1, ramp="none", mode="sampled", weights=0.0, activations=0.75) as training:
         model = training.model
         sampled = measure(step, training)

@@ -39,7 +39,7 @@ def methods() -> list[Method]:
     found = [Method("dense"), Method("dense bfloat16", bfloat16=True)]
     for s in (0.8, 0.9):
         both = {"weights": s, "activations": s}
-        paper = {**both, "ramp": "none", "exempt": ("first",)}
+        paper = {**both, "ramp": "none", "drop": "all", "exempt": ("first",)}
         found.append(Method(f"ours, exact {s:.0%}", both))
         found.append(Method(f"paper's recipe {s:.0%}", paper))
         found.append(Method(f"paper's recipe {s:.0%} =", paper, equal=f"ours, exact {s:.0%}"))

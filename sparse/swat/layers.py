@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from .functions import Activation, Op, Part, Product, Relu
-from .saved import MAKER, SOURCE, Kept, Source, keep_rows, keep_values
+from .saved import MAKER, SOURCE, Encoded, Kept, Source, keep_rows, keep_values
 from .targets import NORMS, is_relu, keeps
 from .threshold import threshold
 
@@ -29,6 +29,7 @@ class Layer:
         op: what that computes.
         rows: draws the tokens of this step, given their number; None in exact mode.
         values: dtype of stored values, None for the input's.
+        spare: whether its input loses nothing where that saves no byte.
         share: of its weights that is dropped.
         activations: share of its input that is dropped.
         part: the part of its weight that takes part.
@@ -37,6 +38,7 @@ class Layer:
         work: FLOPs of one dense product in the last forward.
         watching: whether the next gradient is averaged into `gradient`.
         reads_gradient: whether the last input needed a gradient, so that dx was computed.
+        whole: whether the last input lost nothing.
     """
 
     module: Any
@@ -44,6 +46,7 @@ class Layer:
     rows: RowsOf | None
     values: torch.dtype | None
     activations: float
+    spare: bool = False
     share: float = 0.0
     part: Part = field(default_factory=Part)
     limit: torch.Tensor | None = None
@@ -51,12 +54,13 @@ class Layer:
     work: int = 0
     watching: bool = False
     reads_gradient: bool = True
+    whole: bool = False
 
     @property
     def dropped_gradient(self) -> float:
         """Share of the work of dw that is left out: of values or tokens, and of units in structured mode."""
         units = self.share if self.part.least is None else 0.0
-        return 1 - (1 - self.activations) * (1 - units)
+        return 1 - (1 if self.whole else 1 - self.activations) * (1 - units)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output."""
@@ -96,7 +100,9 @@ class Layer:
                 self.limit = threshold(x, self.activations)
             return self.limit
 
-        return keep_values(x, self.activations, least, self.values, dtype)
+        kept = keep_values(x, self.activations, least, self.values, dtype, self.spare)
+        self.whole = self.spare and not isinstance(kept[0], Encoded)
+        return kept
 
     def _watch(self, gradient: torch.Tensor) -> None:
         size = float(gradient.abs().mean())

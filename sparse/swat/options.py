@@ -30,6 +30,8 @@ class Sparsity:
             ramp: dropping them costs little, and memory should fall from the first step.
         ramp_share: of all steps, over which it grows.
         period: steps between new thresholds, units and layer densities.
+        drop: of exact mode, whose inputs lose values: `stored`, those kept for their layer alone, while what an
+            activation or a norm keeps for its own gradient is read whole, in the same bytes; `all`, as published.
         values: dtype in which kept activations are stored; `input`, that of the activation.
         exempt: layers that stay dense: names, `re:` patterns, `first` (the layer that reads the input; none where an
             embedding does), `last`.
@@ -43,6 +45,7 @@ class Sparsity:
     ramp: Literal["none", "cubic"] = "cubic"
     ramp_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     period: Annotated[int, Field(gt=0)] = 10
+    drop: Literal["stored", "all"] = "stored"
     values: Literal["input", "bfloat16"] = "input"
     exempt: tuple[str, ...] = (FIRST, LAST)
     on: tuple[Literal["ffn", "heads", "channels"], ...] = ("ffn", "channels")

@@ -128,6 +128,7 @@ def keep_values(
     least: Callable[[], torch.Tensor],
     values: torch.dtype | None,
     compute: torch.dtype | None = None,
+    spare: bool = False,
 ) -> Kept:
     """Keep the largest values of `x`.
 
@@ -137,16 +138,18 @@ def keep_values(
         least: the threshold, asked for only if no layer has kept `x` yet.
         values: dtype of stored values; None keeps that of the product.
         compute: dtype of the product, where autocast makes it another than that of x.
+        spare: drop nothing where that saves no byte: whatever is not `Encoded` stays whole.
     """
 
     def make() -> Kept:
         source: Source | None = getattr(x, SOURCE, None)
-        limit, dtype = least(), compute or x.dtype
+        dtype, nothing = compute or x.dtype, x.new_zeros(())
         if source is not None:
-            return Recomputed(source.activation, dtype), (source.pre, limit)
+            return Recomputed(source.activation, dtype), (source.pre, nothing if spare else least())
+        limit = least()
         encoded = None if share == 0 or stored_by_producer(x) else encode(x, limit, values or dtype)
         if encoded is None:
-            return Whole(dtype), (x.detach(), limit)
+            return Whole(dtype), (x.detach(), nothing if spare else limit)
         last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         return Encoded(x.shape, dtype, last), encoded
 

@@ -60,7 +60,7 @@ class SparseTraining:
         values = torch.bfloat16 if options.values == "bfloat16" else None
         rows = self.rows if options.mode != "exact" else None
         self.layers = {
-            name: Layer(module, op, rows, values, options.activations)
+            name: Layer(module, op, rows, values, options.activations, options.drop == "stored")
             for name, module in chosen.items()
             if (op := operation(module)) is not None
         }

@@ -1,20 +1,23 @@
 """Dense to mixture of experts: what a token's quality costs at a share of the FFN, and what the share buys in time.
 
-    python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3]
+    python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3] [--windows 128]
+        [--only ours oracle …] [--plot FILE]
     python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
     python benchmarks/moe.py model CHECKPOINT [--experts 16] [--active 4] [--threads 1 2]
 
 Quality: the text in windows of 256 tokens; of the first 60 %, 128 (drawn anew for each seed) calibrate, of the rest
-96 are scored, in float32. `excess` is the loss in nats a token above the dense model's. Every method sees the same
-tokens and works on the same number of FFN units. The published methods are run in their training-free form; what no
-stock class holds is simulated (compress/moe/trial.py), ours is read back from the saved stock class.
+96 are scored, in float32. `excess` is the loss in nats a token above the dense model's; of an encoder, one minus the
+cosine with the dense model's mean-pooled answer. Every method sees the same tokens and works on the same number of FFN
+units. The published methods are run in their training-free form; what no class holds is simulated
+(compress/moe/trial.py), ours is read back from the saved class.
 
     energy          the units of largest mean square for every token (no router)
     OBS + fit       units by backward elimination, down projection refitted: what `slice` does to an FFN (no router)
     LLaMA-MoE       random parts, linear router
     MoEfication     k-means of the gate's rows, a trained MLP as router
     CMoE            parts by activation rate, half of them shared, analytic router
-    ours            what `moe` does by default: without its refit, with it, and with 1000 steps of distillation before
+    ours            what `moe` does by default: without its refit, with it, with 1000 steps of distillation before, and
+                    where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`)
     oracle          ours with the refit and a router that knows the importances
 
 Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
@@ -24,6 +27,7 @@ checkpoint, dense and converted, both exported; times as fast as dense, by token
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -43,6 +47,7 @@ from tersor.compress.moe.cut import Cut
 from tersor.compress.moe.trial import Trial
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
+from tersor.compress.paths import resolve_path
 from tersor.export.client import Client
 from tersor.export.graph.ops import CONTRIB, Ops
 from tersor.export.mixture import choice, experts
@@ -60,44 +65,69 @@ OURS = {
     "ours, no refit": {"refit": False},
     "ours": {},
     "ours + distillation": {"distill_steps": 1000},
+    "ours, dynamic": {"dynamic": True},
 }
+PUBLISHED = ("energy", "LLaMA-MoE", "MoEfication", "CMoE")
 
 
-def windows(checkpoint: Checkpoint, text: Path, seed: int, length: int = 256) -> tuple[list, list]:
-    """Calibration windows drawn by the seed, and held-out ones."""
+def windows(
+    checkpoint: Checkpoint, text: Path, seed: int, count: int = 128, length: int = 256
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """`count` calibration windows drawn by the seed, and three quarters as many held-out ones."""
     assert checkpoint.tokenizer is not None
     ids = checkpoint.tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     rows = np.array(ids[: len(ids) // length * length]).reshape(-1, length)
     edge = int(len(rows) * 0.6)
-    drawn = np.random.default_rng(seed).permutation(edge)[:128]
-    return [rows[i] for i in sorted(drawn)], list(rows[edge:][:96])
+    drawn = np.random.default_rng(seed).permutation(edge)[:count]
+    return [rows[i] for i in sorted(drawn)], list(rows[edge:][: count * 3 // 4])
 
 
-def quality(directory: Path, text: Path, parts: int, shares: Sequence[float], seeds: int) -> None:
-    found: dict[tuple[float, str], list[float]] = {}
-    for seed in range(seeds):
-        checkpoint = Checkpoint.load(directory)
+def quality(given: argparse.Namespace) -> None:
+    found: dict[float, dict[str, list[float]]] = {share: {} for share in given.active}
+    for seed in range(given.seeds):
+        checkpoint = Checkpoint.load(given.checkpoint)
         layout, model = checkpoint.layout, checkpoint.model()
-        calibration, heldout = windows(checkpoint, text, seed)
+        calibration, heldout = windows(checkpoint, given.text, seed, given.windows)
         data, judged = batches(calibration, layout), batches(heldout, layout)
         dense = judge(model, model, layout, judged)
-        for share in shares:
-            active = round(parts * share)
+        gated = len(layout.branches(0)[-1].reads) == 2
+        for share, rows in found.items():
+            active = round(given.experts * share)
             for name, (method, common) in METHODS.items():
-                cut = Cut(layout.families["ffn"], parts, active, int(active * common))
+                if given.only and name not in given.only:
+                    continue
+                cut = Cut(layout.families["ffn"], given.experts, active, int(active * common))
                 with torch.no_grad():
                     side = Side.at_start(model, layout, data)
                 blocks = convert(side, layout, cut, method, data, seed, lambda items, _: items)
-                found.setdefault((share, name), []).append(Trial(model, layout, judged).follow(blocks) - dense)
-            for name, given in OURS.items():
-                options = Moe(experts=parts, active=active, compare=False, **given)
-                made = Checkpoint(layout, dict(checkpoint.tensors))
+                rows.setdefault(name, []).append(Trial(model, layout, judged).follow(blocks) - dense)
+            for name, more in OURS.items():
+                if (given.only and name not in given.only) or (gated and "dynamic" in more):
+                    continue
+                options = Moe(experts=given.experts, active=active, compare=False, **more)
+                made = Checkpoint(layout, dict(checkpoint.tensors), checkpoint.tokenizer)
                 options.apply(made, Context(calibration, seed=seed))
                 with tempfile.TemporaryDirectory() as beside:
                     made.save(Path(beside))
-                    again = Checkpoint.load(Path(beside))
-                found.setdefault((share, name), []).append(judge(again.model(), None, again.layout, judged) - dense)
-            print_row(share, {n: v for (s, n), v in found.items() if s == share}, dense)
+                    again = Checkpoint.load(Path(beside), layout.task)
+                rows.setdefault(name, []).append(judge(again.model(), model, again.layout, judged) - dense)
+            print_row(share, rows, dense)
+    if given.plot:
+        plot(found, given.plot, f"{given.checkpoint.name}, {given.experts} parts")
+
+
+def plot(found: dict[float, dict[str, list[float]]], path: Path, title: str) -> None:
+    """Excess by active share, a line for each method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in next(iter(found.values())):
+        means = [statistics.mean(rows[name]) for rows in found.values()]
+        axes.plot(list(found), means, "o-" if "ours" in name else "o--", label=name, linewidth=1)
+    axes.set(xlabel="active share of the FFN", ylabel="excess", yscale="log", title=title)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
 
 
 def print_load(details: list[dict[str, list[float]]]) -> None:
@@ -110,12 +140,13 @@ def print_load(details: list[dict[str, list[float]]]) -> None:
 
 def print_row(share: float, rows: dict[str, list[float]], dense: float) -> None:
     """One share: excess of all methods, mean and range over the seeds so far."""
-    published = min(statistics.mean(rows[n]) for n in ("energy", "LLaMA-MoE", "MoEfication", "CMoE"))
-    print(f"\n{share:.0%} active, dense loss {dense:.4f}, {len(rows['ours'])} seeds\n")
-    print("| method | excess, nats a token | range | against the best published |\n| --- | ---: | ---: | ---: |")
+    published = min((statistics.mean(rows[name]) for name in PUBLISHED if name in rows), default=math.nan)
+    count = len(next(iter(rows.values())))
+    print(f"\n{share:.0%} active, dense loss {dense:.4f}, {count} seeds\n")
+    print("| method | excess | range | against the best published |\n| --- | ---: | ---: | ---: |")
     for name, values in rows.items():
         mean = statistics.mean(values)
-        print(f"| {name} | {mean:.3f} | {min(values):.3f} … {max(values):.3f} | {mean / published:.2f} × |", flush=True)
+        print(f"| {name} | {mean:.4f} | {min(values):.4f} … {max(values):.4f} | {mean / published:.2f} × |", flush=True)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -184,7 +215,7 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
     draw = np.random.default_rng(0)
     checkpoint = Checkpoint.load(directory)
     vocab = checkpoint.layout.families["vocab"]
-    text = [draw.integers(0, vocab, 128) for _ in range(64)]
+    text = [draw.integers(0, vocab, 128) for _ in range(32)]
     mixed, context = Checkpoint(checkpoint.layout, dict(checkpoint.tensors)), Context(text)
     Moe(experts=parts, active=active, compare=False).apply(mixed, context)
     print_load(context.details["load"])
@@ -193,7 +224,7 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
         for name, path in paths.items():
             path.mkdir()
             source = checkpoint if "dense" in name else mixed
-            Onnx(precision="int8" if "int8" in name else "float32").write(source, path, text)
+            Onnx(precision="int8" if "int8" in name else "float32").write(source, path, text[:4])
         for count in threads:
             clients = {name: Client(path, threads=count, tokens_per_call=1 << 20) for name, path in paths.items()}
             print(f"\n{directory.name}, {active} of {parts} experts, threads: {count}; times as fast as dense\n")
@@ -201,7 +232,7 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
             for tokens in choice.TOKENS:
                 ids = [draw.integers(0, vocab, min(tokens, 128)) for _ in range(-(-tokens // 128))]
                 times: dict[str, list[float]] = {name: [] for name in clients}
-                for number in range({1: 100, 8: 60, 128: 15, 512: 7}[tokens] + 1):
+                for number in range({1: 40, 8: 30, 128: 11, 512: 7}[tokens] + 1):
                     for name, client in clients.items():
                         began = time.perf_counter()
                         client(ids)
@@ -212,28 +243,36 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
                 print(f"| {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
 
 
+def named(reference: str) -> Path:
+    """A directory, or one in an installed package."""
+    return resolve_path(reference, None, "CHECKPOINT")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind")
     one = kinds.add_parser("quality")
-    one.add_argument("checkpoint", type=Path)
+    one.add_argument("checkpoint", type=named, help="a directory, or package:NAME/FOLDER")
     one.add_argument("text", type=Path)
     one.add_argument("--experts", type=int, default=16)
     one.add_argument("--active", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     one.add_argument("--seeds", type=int, default=3)
+    one.add_argument("--windows", type=int, default=128)
+    one.add_argument("--only", nargs="+", choices=[*METHODS, *OURS], default=[])
+    one.add_argument("--plot", type=Path)
     other = kinds.add_parser("speed")
     for name, value in (("width", 768), ("ffn", 3072), ("experts", 8), ("active", 2)):
         other.add_argument(f"--{name}", type=int, default=value)
     other.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     third = kinds.add_parser("model")
-    third.add_argument("checkpoint", type=Path)
+    third.add_argument("checkpoint", type=named)
     for name, value in (("experts", 16), ("active", 4)):
         third.add_argument(f"--{name}", type=int, default=value)
     third.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
     if given.kind == "quality":
         torch.set_num_threads(1)
-        quality(given.checkpoint, given.text, given.experts, given.active, given.seeds)
+        quality(given)
     elif given.kind == "model":
         model(given.checkpoint, given.experts, given.active, given.threads)
     else:

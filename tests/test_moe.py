@@ -286,6 +286,26 @@ def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path)
     assert kept == {name for name in lean.tensors if ".mlp." in name}
 
 
+def test_zeros_that_are_passed_over_change_no_sum(monkeypatch):
+    from tersor.compress.calibration import lstsq
+
+    generator = torch.Generator().manual_seed(0)
+    chosen = (torch.rand(300, 5, generator=generator) < 0.3).repeat_interleave(60, dim=1)
+    a, t = torch.randn(300, 300, generator=generator) * chosen, torch.randn(300, 7, generator=generator)
+    weight, target = torch.rand(300, generator=generator), torch.randn(300, 7, generator=generator)
+
+    def sums(share: float, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(lstsq, "SPARSE", share)
+        fit = lstsq.Regression(300, 7, intercept=True)
+        fit.add(a, targets, weight)
+        return fit.gram.clone(), fit.cross
+
+    (gram, cross), (dense_gram, dense_cross) = sums(1.0, t), sums(0.0, t)
+    assert torch.allclose(gram, dense_gram, rtol=0, atol=1e-12 * float(dense_gram.abs().max()))
+    assert torch.allclose(cross, dense_cross, rtol=0, atol=1e-12 * float(dense_cross.abs().max()))
+    assert not torch.allclose(sums(1.0, target)[1], cross)
+
+
 def test_co_activation_finds_planted_groups(dense):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.calibration.side import Side

@@ -14,6 +14,9 @@ import torch
 BLOCK = 128
 """Columns of AᵀA that are summed at a time, each from its diagonal on: what lies below is a mirror image."""
 
+SPARSE = 0.5
+"""Share of regressors that are not zero, below which the tokens where a block of columns is zero are passed over."""
+
 
 class Regression:
     """Sums for one fit of `t [n, out]` from `a [n, inp]`.
@@ -46,12 +49,25 @@ class Regression:
         if self.intercept:
             a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
         weighted = a if weight is None else a * weight.double()[:, None]
-        for start in range(0, a.shape[1], BLOCK):
-            self._sums[start : start + BLOCK, start:] += a[:, start : start + BLOCK].T @ weighted[:, start:]
-        self.cross += weighted.T @ t
+        if a.count_nonzero() < SPARSE * a.numel():
+            self._add_used(a, weighted, t)
+        else:
+            for start in range(0, a.shape[1], BLOCK):
+                self._sums[start : start + BLOCK, start:] += a[:, start : start + BLOCK].T @ weighted[:, start:]
+            self.cross += weighted.T @ t
         square = t.pow(2).sum(1)
         self.square += float(square.sum() if weight is None else square @ weight.double())
         self.tokens += len(a)
+
+    def _add_used(self, a: torch.Tensor, weighted: torch.Tensor, t: torch.Tensor) -> None:
+        """The same sums, each block of columns on the tokens where it is not zero (experts: where one was chosen)."""
+        for start in range(0, a.shape[1], BLOCK):
+            block = a[:, start : start + BLOCK]
+            used = block.any(1).nonzero()[:, 0]
+            block = block[used].T
+            self._sums[start : start + BLOCK, start:] += block @ weighted[used, start:]
+            weights = weighted[used, start : start + BLOCK].T
+            self.cross[start : start + BLOCK] += weights @ t[used]
 
     def start(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight [inp, out]` with a zero constant where one is fitted; float64."""

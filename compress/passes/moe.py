@@ -243,7 +243,7 @@ class Moe(Pass):
                 for k, loss in zip(counts, curve, strict=True)
             ]
         if losses["pruned"] <= losses["experts"]:
-            numbers = f"{losses['pruned']:.3f} against {losses['experts']:.3f} nats a token"
+            numbers = f"a loss of {losses['pruned']:.4g} against {losses['experts']:.4g}"
             context.details["found"] = [
                 f"FFNs pruned to {cut.active / cut.experts:.0%} of their units lose no more ({numbers}) and need no "
                 "router: use `slice` on ffn"

@@ -1,7 +1,7 @@
 """Dense to mixture of experts: what a token's quality costs at a share of the FFN, and what the share buys in time.
 
     python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3] [--windows 128]
-        [--only ours oracle …] [--plot FILE]
+        [--only ours oracle …] [--recover STEPS] [--plot FILE]
     python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
     python benchmarks/moe.py model CHECKPOINT [--experts 16] [--active 4] [--threads 1 2]
 
@@ -17,7 +17,8 @@ units. The published methods are run in their training-free form; what no class 
     MoEfication     k-means of the gate's rows, a trained MLP as router
     CMoE            parts by activation rate, half of them shared, analytic router
     ours            what `moe` does by default: without its refit, with it, with 1000 steps of distillation before, and
-                    where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`)
+                    where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`);
+                    with --recover, so many steps of training from end to end behind it (redrawn text, rate 2e-3)
     oracle          ours with the refit and a router that knows the importances
 
 Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
@@ -47,6 +48,7 @@ from tersor.compress.moe.cut import Cut
 from tersor.compress.moe.trial import Trial
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
+from tersor.compress.passes.recover import Recover
 from tersor.compress.paths import resolve_path
 from tersor.export.client import Client
 from tersor.export.graph.ops import CONTRIB, Ops
@@ -66,7 +68,9 @@ OURS = {
     "ours": {},
     "ours + distillation": {"distill_steps": 1000},
     "ours, dynamic": {"dynamic": True},
+    "ours + recover": {},
 }
+TRAINED = "ours + recover"
 PUBLISHED = ("energy", "LLaMA-MoE", "MoEfication", "CMoE")
 
 
@@ -102,11 +106,15 @@ def quality(given: argparse.Namespace) -> None:
                 blocks = convert(side, layout, cut, method, data, seed, lambda items, _: items)
                 rows.setdefault(name, []).append(Trial(model, layout, judged).follow(blocks) - dense)
             for name, more in OURS.items():
-                if (given.only and name not in given.only) or (gated and "dynamic" in more):
+                trained = name == TRAINED
+                if (given.only and name not in given.only) or (gated and "dynamic" in more) or trained > given.recover:
                     continue
                 options = Moe(experts=given.experts, active=active, compare=False, **more)
                 made = Checkpoint(layout, dict(checkpoint.tensors), checkpoint.tokenizer)
                 options.apply(made, Context(calibration, seed=seed))
+                if trained:
+                    learning = Recover(steps=given.recover, batch=8, learning_rate=2e-3, redrawn=0.5)
+                    learning.apply(made, Context(calibration, seed=seed, original=checkpoint))
                 with tempfile.TemporaryDirectory() as beside:
                     made.save(Path(beside))
                     again = Checkpoint.load(Path(beside), layout.task)
@@ -259,6 +267,7 @@ def main() -> None:
     one.add_argument("--seeds", type=int, default=3)
     one.add_argument("--windows", type=int, default=128)
     one.add_argument("--only", nargs="+", choices=[*METHODS, *OURS], default=[])
+    one.add_argument("--recover", type=int, default=0)
     one.add_argument("--plot", type=Path)
     other = kinds.add_parser("speed")
     for name, value in (("width", 768), ("ffn", 3072), ("experts", 8), ("active", 2)):

@@ -200,7 +200,7 @@ class Arithmetic:
 
 
 class Lines(Arithmetic):
-    """Eight bits, a scale for every token and every output (int8.py)."""
+    """Eight bits, a scale for every token and every output (small/int8.py)."""
 
     def read(self, ops: Ops, x: ir.Value) -> list[ir.Value]:
         """Eight-bit lines and their scales."""
@@ -217,7 +217,7 @@ class Lines(Arithmetic):
 
 
 class Blocks(Arithmetic):
-    """Eight bits, a scale for every 32 inputs of an output (nbits.py)."""
+    """Eight bits, a scale for every 32 inputs of an output (small/nbits.py)."""
 
     def product(self, ops: Ops, line: ir.Value, weight: np.ndarray) -> ir.Value:
         """See `Arithmetic`."""

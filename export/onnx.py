@@ -1,8 +1,8 @@
 """The exporter `onnx`: an encoder's features or a decoder's scores as one ONNX file, held against float64.
 
 Float32, or one of four small precisions on top of it (small/precision.py): ONNX Runtime's CPU has no bfloat16 MatMul
-and rewrites float16 to float32. What is written either passes parity (parity.py) or does not exist. A small file is first a
-float32 file that passes, and how much it may lose then is the recipe's gate to say:
+and rewrites float16 to float32. What is written either passes parity (parity.py) or does not exist. A small file is
+first a float32 file that passes, and how much it may lose then is the recipe's gate to say:
 
     precision: int8           a scale a token: fast, and no answer depends on its neighbours in the call
     precision: int8-dynamic   ONNX Runtime's quantize_dynamic: a scale a call, so answers move with their neighbours

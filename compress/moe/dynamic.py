@@ -1,10 +1,10 @@
 """Dynamic k: tokens and blocks choose as many parts as are worth it, under one budget for all of them.
 
 A part is worth its work on a token where its energy (router.py) is above the price: one number for all blocks, in
-shares of the energy that a block's parts have on an average token, chosen so that a router that knew every energy would
-choose the budget,
+shares of the energy that a block's parts have together on the median token (single tokens of enormous activations move
+a mean), chosen so that a router that knew every energy would choose the budget,
 
-    Σ over blocks, tokens and parts of [energy > price · mean energy of a block's tokens] = blocks · tokens · chosen
+    Σ over blocks, tokens and parts of [energy > price · median energy of a block's tokens] = blocks · tokens · chosen
 
 What that router chooses in a block is the block's allotment. The router that ships is fitted to the question itself,
 by logistic regression on "is it worth it", weighted by what a wrong answer costs, |energy / price − 1|, and its bias is
@@ -60,21 +60,21 @@ def allotted(side: Side, cut: Cut, partition: str, data: Sequence[Batch], seed: 
         data: calibration batches.
         seed: of the partition.
     """
-    orders, energies, means = [], [], []
+    orders, energies, typical = [], [], []
     for number in range(side.walk.layout.depth):
         before = before_ffn(side, number)
         tokens = Tokens(Ffn.of(side.walk, number), before, data)
         orders.append(PARTITIONS[partition](tokens, cut, seed + number))
         tokens.reorder(orders[-1])
         energy = torch.cat([routers.importance(h, tokens.ffn.norms, cut).square() for _, h in tokens])
-        means.append(float(energy.sum(1, dtype=torch.float64).mean()) or 1.0)
-        energies.append((energy / means[-1]).topk(cut.most, dim=1).values)
+        typical.append(float(energy.sum(1).median()) or 1.0)
+        energies.append((energy / typical[-1]).topk(cut.most, dim=1).values)
         del tokens
         side.advance(number)
     every = torch.cat([energy.flatten() for energy in energies])
     price = threshold(every, cut.chosen * sum(map(len, energies)))
     shares = [float((energy > price).sum() / len(energy)) for energy in energies]
-    return [Allotment(*found) for found in zip(orders, (price * mean for mean in means), shares, strict=True)]
+    return [Allotment(*found) for found in zip(orders, (price * middle for middle in typical), shares, strict=True)]
 
 
 def threshold(values: torch.Tensor, count: int) -> float:

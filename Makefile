@@ -10,6 +10,7 @@ CLIENTS ?= .venv-clients
 BROWSER ?= build/browser
 HEADERS ?= build/cpp/usr/include/onnxruntime
 HEADERS_FROM := http://deb.debian.org/debian/pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb
+HEADERS_SUM := 14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08
 INSTALLED := $(VENV)/.installed
 TYPES := build/types/tersor
 
@@ -46,7 +47,8 @@ test-browser: $(INSTALLED)  ## Run artifacts in headless Chromium; needs Node.js
 	TERSOR_BROWSER=$(abspath $(BROWSER)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 test-cpp: $(INSTALLED)  ## Compile an artifact's C++ and run it; needs g++, curl and dpkg
-	test -d $(HEADERS) || (mkdir -p build && curl -sSfo build/headers.deb $(HEADERS_FROM) && dpkg-deb -x build/headers.deb build/cpp)
+	test -d $(HEADERS) || (mkdir -p build && curl -sSfo build/headers.deb $(HEADERS_FROM) && \
+	  echo "$(HEADERS_SUM)  build/headers.deb" | sha256sum --check --quiet && dpkg-deb -x build/headers.deb build/cpp)
 	TERSOR_ORT_HEADERS=$(abspath $(HEADERS)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m cpp $(PYTEST_ARGS)
 
 lint: $(INSTALLED) types  ## Check style and types

@@ -73,12 +73,15 @@ class Onnx(Exporter):
         """
         if layout.task not in TASKS:
             raise RecipeError("export: onnx", f"task {layout.task!r}", " or ".join(TASKS))
+        if self.classes is not None and (self.inputs == "packed-static" or layout.arch.inputs == "pixels"):
+            where = "images" if layout.arch.inputs == "pixels" else f"inputs {self.inputs}"
+            raise RecipeError("export: onnx: classes", f"{self.classes} with {where}", "none", "Leave `classes` out.")
         if layout.arch.inputs == "pixels" and layout.task in TASKS:
             return self._requires_images(layout)
         if layout.task == "text-classification" and layout.arch.causal:
             raise RecipeError("export: onnx", "a causal classifier, which reads the last token", "an encoder")
         if self.classes is not None and sorted(set(self.classes)) != self.classes:
-            raise RecipeError("export: onnx: classes", str(self.classes), "lengths that rise")
+            raise RecipeError("export: onnx: classes", str(self.classes), "lengths that rise, each once")
         if not layout.arch.position_ids:
             raise RecipeError(
                 "export: onnx: inputs",

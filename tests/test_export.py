@@ -272,6 +272,14 @@ def test_length_classes_must_rise(made: Made, classes: list[int], tmp_path: Path
         Onnx(classes=classes).write(made("bert")[0], tmp_path, [])
 
 
+@pytest.mark.parametrize(("model_type", "inputs"), [("bert", "packed-static"), ("vit", "packed")])
+def test_length_classes_are_refused_where_there_are_none(tiny: Any, model_type: str, inputs: Any) -> None:
+    layout = tiny(model_type).layout
+    Onnx(inputs=inputs).requires(layout)
+    with pytest.raises(RecipeError, match="classes"):
+        Onnx(inputs=inputs, classes=[16]).requires(layout)
+
+
 @pytest.fixture
 def corrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every saved graph has one bias moved by 1e-3."""

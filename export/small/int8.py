@@ -174,7 +174,7 @@ def quantize(model: ir.Model, keep: Sequence[str]) -> None:
 
 
 def _apart(graph: ir.Graph, ops: Ops, use: Any) -> None:
-    """Keep ONNX Runtime from fusing a bias with the GELU behind it, by which the two take a third longer: its pattern
+    """Keep ONNX Runtime from fusing a bias with the GELU behind it, which is slower than the two apart: its pattern
     wants the bias in one dimension.
     """
     node, before = use.node, any(n.op_type == "Gelu" for n in use.node.outputs[0].consumers())

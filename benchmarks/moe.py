@@ -218,6 +218,30 @@ def speed(width: int, ffn: int, parts: int, active: int, threads: Sequence[int])
             print(f"| {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
 
 
+SHAPES = [
+    *((256, 512, 16, 4), (256, 1024, 16, 4), (256, 1024, 16, 8), (256, 1024, 8, 2), (256, 1024, 8, 4)),
+    *((512, 1024, 16, 4), (512, 2048, 16, 4), (512, 2048, 16, 8), (512, 2048, 8, 6), (768, 3072, 16, 4)),
+    *((768, 3072, 8, 2), (768, 3072, 8, 4), (1024, 2752, 32, 8), (1024, 2752, 16, 12), (1024, 4096, 8, 2)),
+]
+"""Hidden width, FFN width, experts, chosen ones: from where choosing costs more than it saves to where it pays."""
+
+
+def forms(precision: choice.Precision) -> None:
+    """What the rule of mixture/choice.py rests on: skipping experts against computing all of them."""
+    best: experts.Form = "qmoe" if precision == "blocks" else f"slices{choice.SUFFIX[precision]}"  # type: ignore[assignment]
+    base: experts.Form = f"whole{choice.SUFFIX[precision]}"  # type: ignore[assignment]
+    print(f"{best}, times as fast as {base}, one thread\n")
+    print("| width, ffn, experts, chosen | weights passed over | " + " | ".join(map(str, choice.TOKENS)) + " | rule |")
+    print("| --- | ---: |" + " ---: |" * len(choice.TOKENS) + " --- |")
+    for width, ffn, parts, active in SHAPES:
+        graph = ir.Graph([], [], nodes=[routed_node(width, ffn, parts, active)])
+        _, ratios = choice.measured(graph, [base, best])
+        saved = round(3 * width * ffn / parts * (1 - active / parts))
+        word = best if active / parts <= choice.MOST[precision] and saved >= choice.PAYS[precision] else base
+        figures = " | ".join(f"{ratio:.2f}" for ratio in ratios[best].values())
+        print(f"| {width}, {ffn}, {parts}, {active} | {saved:,} | {figures} | {word} |", flush=True)
+
+
 def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> None:
     """The whole model, exported dense and converted (fitted to drawn ids: speed does not depend on what it says)."""
     draw = np.random.default_rng(0)
@@ -278,8 +302,12 @@ def main() -> None:
     for name, value in (("experts", 16), ("active", 4)):
         third.add_argument(f"--{name}", type=int, default=value)
     third.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    rule = kinds.add_parser("forms")
+    rule.add_argument("--precision", choices=list(choice.PAYS), default="float32")
     given = parser.parse_args()
-    if given.kind == "quality":
+    if given.kind == "forms":
+        forms(given.precision)
+    elif given.kind == "quality":
         torch.set_num_threads(1)
         quality(given)
     elif given.kind == "model":

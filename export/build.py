@@ -88,6 +88,8 @@ def fill(
     }
     if speed:
         said["speed_over_whole"] = speed
+    if notes := choice.note_of(word, form, checkpoint.layout, static):
+        said["note"] = notes[0]
     experts.fill(model.graph, form)
     return {"experts": said}
 

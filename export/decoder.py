@@ -22,7 +22,7 @@ from tersor.compress.pass_ import STRICT, Forecast
 from tersor.compress.tokens import Input
 
 from .generate import Generator
-from .mixture.choice import Word, form_of
+from .mixture.choice import Word, form_of, note_of
 from .onnx import _empty
 
 README = """# {model_type} as ONNX, with cache
@@ -84,10 +84,12 @@ class OnnxDecoder(Exporter):
             raise RecipeError(
                 "export: onnx-decoder", f"{layout.arch.model_type}, which takes no position_ids", "one that does"
             )
+        notes: tuple[str, ...] = ()
         if layout.arch.experts is not None:
-            form_of(self.experts, "blocks" if self.precision == "int8" else "float32", layout)
-        note = f"onnx-decoder: {self.precision}, with cache"
-        return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
+            form = form_of(self.experts, "blocks" if self.precision == "int8" else "float32", layout)
+            notes = note_of(self.experts, form, layout)
+        said = f"onnx-decoder: {self.precision}, with cache"
+        return Forecast(layout, memory=layout.parameters * 16, notes=(said, *notes))
 
     def write(self, checkpoint: Checkpoint, directory: Path, samples: Sequence[Input]) -> dict[str, Any]:
         """Write the artifact into the empty `directory` and hold it against the checkpoint (see `Exporter`)."""

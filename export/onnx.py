@@ -29,7 +29,7 @@ from tersor.compress.tokens import Input, Tokens
 from .client import Client
 from .graph.segments import CLASSES
 from .images import ImageClient
-from .mixture.choice import Word, form_of
+from .mixture.choice import Word, form_of, note_of
 
 TASKS = (
     "feature-extraction",
@@ -88,13 +88,15 @@ class Onnx(Exporter):
                 f"{layout.arch.model_type}, which takes no position_ids",
                 "an architecture that does",
             )
+        notes: tuple[str, ...] = ()
         if layout.arch.experts is not None:
             if self.precision not in ("float32", "int8"):
                 found = f"{self.precision} of a mixture of experts"
                 raise RecipeError("export: onnx: precision", found, "float32 or int8")
-            form_of(self.experts, self.precision, layout, self.inputs == "packed-static")
-        note = f"onnx: {self.precision}, {self.inputs} input"
-        return Forecast(layout, memory=layout.parameters * 16, notes=(note,))
+            static = self.inputs == "packed-static"
+            notes = note_of(self.experts, form_of(self.experts, self.precision, layout, static), layout, static)
+        said = f"onnx: {self.precision}, {self.inputs} input"
+        return Forecast(layout, memory=layout.parameters * 16, notes=(said, *notes))
 
     def _requires_images(self, layout: Layout) -> Forecast:
         if layout.task != "image-classification":

@@ -124,7 +124,7 @@ def test_the_clock_takes_what_is_never_slower(monkeypatch):
 
 @each_class
 def test_a_stock_class_exports_with_packed_input(name, tiny, tmp_path):
-    facts = Onnx().write(tiny(name, "text-generation"), tmp_path, samples())
+    facts = Onnx(experts="slices").write(tiny(name, "text-generation"), tmp_path, samples())
     assert facts["packing"] == "packed"
     assert facts["experts"]["form"] == "slices"
     assert len(facts["experts"]["routers"]) == facts["experts"]["layers"] == 2
@@ -133,7 +133,8 @@ def test_a_stock_class_exports_with_packed_input(name, tiny, tmp_path):
 
 @each_class
 def test_a_stock_class_exports_in_eight_bits(name, tiny, tmp_path):
-    facts = Onnx(precision="int8").write(tiny(name, "text-generation", hidden_size=64), tmp_path, samples())
+    checkpoint = tiny(name, "text-generation", hidden_size=64)
+    facts = Onnx(precision="int8", experts="slices").write(checkpoint, tmp_path, samples())
     assert facts["experts"]["form"] == "slices-int8"
     assert facts["parity"]["logits"]["packed_against_alone"] == 0
     model = ir.load(tmp_path / "model.onnx")
@@ -141,10 +142,11 @@ def test_a_stock_class_exports_in_eight_bits(name, tiny, tmp_path):
     assert {products[router] for router in facts["experts"]["routers"]} <= {"MatMul", "Gemm"}
 
 
+@pytest.mark.parametrize("form", ["slices", "whole"])
 @each_class
-def test_a_stock_class_decodes(name, tiny, tmp_path):
-    facts = OnnxDecoder().write(tiny(name, "text-generation"), tmp_path, samples())
-    assert facts["experts"]["form"] == "slices"
+def test_a_stock_class_decodes(name, form, tiny, tmp_path):
+    facts = OnnxDecoder(experts=form).write(tiny(name, "text-generation"), tmp_path, samples())
+    assert facts["experts"]["form"] == form
 
 
 @pytest.mark.slow
@@ -176,7 +178,7 @@ def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
         assert hit == {0, 1}
         model(torch.arange(60, 70)[None])
         assert hit == {0, 1, 2, 3}
-    facts = Onnx().write(checkpoint, tmp_path, [np.arange(60, 80)] * 2)
+    facts = Onnx(experts="slices").write(checkpoint, tmp_path, [np.arange(60, 80)] * 2)
     assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
 
 
@@ -192,7 +194,7 @@ def routers(checkpoint, factor: float = 1.0, flip: bool = False):
     return checkpoint
 
 
-@pytest.mark.parametrize("exporter", [Onnx(), Onnx(inputs="padded"), OnnxDecoder()])
+@pytest.mark.parametrize("exporter", [Onnx(), Onnx(experts="slices", inputs="padded"), OnnxDecoder(experts="slices")])
 def test_near_ties_are_judged_on_the_choices_of_the_artifact(exporter, tiny, tmp_path):
     """A router so small that probabilities tie in float32: each side may choose otherwise and neither is wrong."""
     checkpoint = routers(tiny("qwen2_moe", "text-generation"), 2.0**-22)
@@ -204,11 +206,11 @@ def test_near_ties_are_judged_on_the_choices_of_the_artifact(exporter, tiny, tmp
 def test_ties_would_otherwise_fail_parity(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Chosen, "__call__", lambda _self, rows, _ids: [None for row in rows for _ in row])
     with pytest.raises(ParityMissed, match="parity of logits"):
-        Onnx().write(routers(tiny("qwen2_moe", "text-generation"), 2.0**-22), tmp_path, samples())
+        Onnx(experts="slices").write(routers(tiny("qwen2_moe", "text-generation"), 2.0**-22), tmp_path, samples())
 
 
 def test_choices_that_no_rounding_explains_miss_parity(tiny, tmp_path):
-    facts = Onnx().write(tiny("qwen2_moe", "text-generation"), tmp_path, samples())
+    facts = Onnx(experts="slices").write(tiny("qwen2_moe", "text-generation"), tmp_path, samples())
     assert "choices_followed" not in facts["parity"]["logits"]
     with pytest.raises(ParityMissed, match="choices of experts"):
         parity.hold(routers(tiny("qwen2_moe", "text-generation"), flip=True), Client(tmp_path, threads=1), samples())
@@ -232,6 +234,46 @@ def test_a_forward_follows_the_choices_it_is_given(name, tiny):
     assert torch.equal(again, logits)
     assert np.array_equal(repeated, choices)
     assert (other - logits).abs().max() > 1e-2
+
+
+def sized(tiny, hidden: int, ffn: int, experts_: int, chosen: int):
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": ffn, "num_experts": experts_}
+    return tiny("qwen2_moe", "text-generation", **sizes, num_experts_per_tok=chosen)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forms"),
+    [
+        ((32, 16, 4, 2), ("whole", "whole-int8", "whole-blocks")),  # an expert is a few hundred weights
+        ((64, 512, 4, 3), ("whole", "whole-int8", "whole-blocks")),  # three of four are chosen
+        ((64, 512, 4, 1), ("slices", "whole-int8", "qmoe")),
+        ((64, 512, 4, 2), ("slices", "whole-int8", "whole-blocks")),
+        ((64, 4096, 4, 1), ("slices", "slices-int8", "qmoe")),
+    ],
+)
+def test_experts_too_small_to_pass_over_stay_one_ffn(sizes, forms, tiny):
+    layout = sized(tiny, *sizes).layout
+    assert choice.form_of("auto", "float32", layout) == forms[0]
+    assert choice.form_of("auto", "int8", layout) == forms[1]
+    known = forms[2] if runtime.knows(choice.OPERATOR) else forms[2].replace("qmoe", "slices-blocks")
+    assert choice.form_of("auto", "blocks", layout) == known
+    for exporter, form in ((Onnx(), forms[0]), (Onnx(precision="int8"), forms[1]), (OnnxDecoder(), forms[0])):
+        kept = [note for note in exporter.requires(layout).notes if "no faster than the dense model's" in note]
+        assert len(kept) == form.startswith("whole")
+    assert choice.form_of("slices", "float32", layout) == "slices"  # whoever asks for a form gets it
+    assert len(Onnx(experts="slices").requires(layout).notes) == 1
+
+
+def test_the_artifact_says_why_it_is_no_faster(tiny, tmp_path):
+    small, large = sized(tiny, 32, 16, 4, 2), sized(tiny, 64, 512, 4, 1)
+    said = {}
+    for name, checkpoint in (("small", small), ("large", large)):
+        (tmp_path / name).mkdir()
+        said[name] = Onnx().write(checkpoint, tmp_path / name, samples(4))["experts"]
+    assert said["small"]["form"] == "whole"
+    assert "16 × 32" in said["small"]["note"]
+    assert said["large"]["form"] == "slices"
+    assert "note" not in said["large"]
 
 
 @pytest.mark.parametrize(

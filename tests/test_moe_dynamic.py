@@ -123,13 +123,14 @@ def test_a_threshold_is_exceeded_as_often_as_asked():
 # --- the same choices in ONNX -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["slices", "whole"])
 @each
-def test_the_artifact_chooses_as_the_model_does(name, task, tiny, tmp_path):
+def test_the_artifact_chooses_as_the_model_does(name, task, form, tiny, tmp_path):
     text = samples()
     checkpoint = tiny(name, task)
     converted(checkpoint, text)
-    facts = Onnx().write(checkpoint, tmp_path, text[:8])
-    assert facts["experts"]["form"] == "slices"
+    facts = Onnx(experts=form).write(checkpoint, tmp_path, text[:8])
+    assert facts["experts"]["form"] == form
     assert all(figures["error"] <= figures["limit"] for figures in facts["parity"].values())
     with Routing.of(checkpoint.layout) as routing, torch.no_grad():
         checkpoint.model()(torch.tensor(text[0][None]))
@@ -144,8 +145,10 @@ def test_it_decodes_and_runs_in_eight_bits(tiny, tmp_path):
     converted(checkpoint, samples())
     for name in ("decoder", "int8"):
         (tmp_path / name).mkdir()
-    assert OnnxDecoder().write(checkpoint, tmp_path / "decoder", samples(8))["experts"]["form"] == "slices"
-    assert Onnx(precision="int8").write(checkpoint, tmp_path / "int8", samples(8))["experts"]["form"] == "slices-int8"
+    decoder = OnnxDecoder(experts="slices").write(checkpoint, tmp_path / "decoder", samples(8))
+    assert decoder["experts"]["form"] == "slices"
+    small = Onnx(precision="int8", experts="slices").write(checkpoint, tmp_path / "int8", samples(8))
+    assert small["experts"]["form"] == "slices-int8"
 
 
 @pytest.mark.parametrize("form", ["slices", "whole", "slices-int8", "whole-int8"])

@@ -77,12 +77,13 @@ def test_every_method_runs_without_a_gate(tiny):
     assert all(point["loss"] > 1e-4 for point in details["loss_by_k"])
 
 
+@pytest.mark.parametrize("form", ["slices", "whole"])
 @each
-def test_it_ships_as_onnx(name, task, tiny, tmp_path):
+def test_it_ships_as_onnx(name, task, form, tiny, tmp_path):
     checkpoint = tiny(name, task)
     converted(checkpoint)
-    facts = Onnx().write(checkpoint, tmp_path, samples())
-    assert facts["experts"]["form"] == "slices"
+    facts = Onnx(experts=form).write(checkpoint, tmp_path, samples())
+    assert facts["experts"]["form"] == form
     assert facts["packing"] == "packed"
     for figures in facts["parity"].values():
         assert figures["error"] <= figures["limit"]
@@ -91,7 +92,7 @@ def test_it_ships_as_onnx(name, task, tiny, tmp_path):
 def test_eight_bits_leave_the_routers(tiny, tmp_path):
     checkpoint = tiny("bert", "feature-extraction")
     converted(checkpoint)
-    facts = Onnx(precision="int8").write(checkpoint, tmp_path, samples())
+    facts = Onnx(precision="int8", experts="slices").write(checkpoint, tmp_path, samples())
     assert facts["experts"]["form"] == "slices-int8"
     assert len(facts["experts"]["routers"]) == checkpoint.layout.depth
 

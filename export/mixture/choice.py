@@ -1,8 +1,11 @@
 """Which form a mixture's experts take (experts.py): by a rule, or by a clock.
 
-The rule is the outcome of benchmarks/moe.py: slices are at no size slower than a dense FFN and are the fastest in
-float32; the int8 of an encoder or scorer keeps its own arithmetic in them; a decoder with eight-bit blocks takes QMoE,
-which reads one token's weights fastest, where its kernel takes the widths. Fixed shapes leave `whole` alone.
+The rule (`auto`) is the outcome of benchmarks/moe.py. Choosing costs nodes, and products of few rows; it pays at 1, 8,
+128 and 512 tokens alike where an expert is large and a token passes over enough of them (`PAYS`). There slices are the
+fastest in float32, and in the int8 of an encoder or scorer, whose arithmetic they keep; a decoder with eight-bit blocks
+takes QMoE, which reads one token's weights fastest, where its kernel takes the widths. Elsewhere the experts stay the
+dense FFN that they were cut from, masked (`whole`): such a mixture is no faster than its dense model, and the exporter
+says so. Fixed shapes leave `whole` alone.
 
 `measure` times every form on the first block's own weights at `TOKENS`, interleaved, and takes the one with the best
 mean ratio among those that are never slower than `whole`, which does the work of the dense FFN; `whole` if there is
@@ -32,6 +35,11 @@ Precision = Literal["float32", "int8", "blocks"]
 TOKENS = (1, 8, 128, 512)
 REPEATS = {1: 40, 8: 30, 128: 9, 512: 5}
 OPERATOR = "experts as ONNX Runtime's operator"
+PAYS: dict[Precision, int] = {"float32": 36_864, "int8": 294_912, "blocks": 18_432}
+"""Weights of one expert, times the share of experts that a token does not choose, from which on choosing is at no size
+slower than `whole` (`python benchmarks/moe.py forms`)."""
+MOST: dict[Precision, float] = {"float32": 2 / 3, "int8": 2 / 3, "blocks": 0.4}
+"""Share of chosen experts up to which it is."""
 EVEN = 0.97
 """A ratio to `whole` that passes for equal on a busy machine."""
 SUFFIX = {"float32": "", "int8": "-int8", "blocks": "-blocks"}
@@ -52,10 +60,38 @@ def form_of(word: Word, precision: Precision, layout: Layout, static: bool = Fal
         runtime.require(OPERATOR, "export: experts")
     if word == "operator" and not fits:
         raise RecipeError("export: experts", "operator, whose kernel needs silu and widths of 32", "slices")
+    if word == "auto" and not pays(layout, precision):
+        word = "whole"
     if word == "operator" or (word == "auto" and precision == "blocks" and fits and runtime.knows(OPERATOR)):
         return "moe" if precision == "float32" else "qmoe"
     found: experts.Form = f"{'whole' if word == 'whole' else 'slices'}{SUFFIX[precision]}"  # type: ignore[assignment]
     return found
+
+
+def pays(layout: Layout, precision: Precision) -> bool:
+    """Whether it is worth to compute the chosen experts alone, at every number of tokens.
+
+    With null experts a token chooses fewer than it may; then at most a half of the experts is taken for chosen.
+    """
+    routed = layout.arch.experts
+    assert routed is not None
+    count, width = layout.families["experts"], layout.families["ffn"]
+    share = int(getattr(layout.config, routed.active)) / count
+    if getattr(layout.config, "num_null_experts", 0):
+        share = min(share, 0.5)
+    weights = (3 if routed.gated else 2) * width * layout.families["hidden"]
+    return share <= MOST[precision] and (1 - share) * weights >= PAYS[precision]
+
+
+def note_of(word: Word, form: experts.Form, layout: Layout, static: bool = False) -> tuple[str, ...]:
+    """What a user should know of the rule's answer: nothing, unless it keeps the dense form."""
+    if word != "auto" or static or not form.startswith("whole"):
+        return ()
+    size = f"{layout.families['ffn']} × {layout.families['hidden']}"
+    return (
+        f"experts: {form}: of {size} they are too small, or too many are chosen, to pass over the others; "
+        "the file is no faster than the dense model's (fewer and larger experts would be)",
+    )
 
 
 def fits_operator(layout: Layout, precision: Precision) -> bool:

@@ -50,6 +50,7 @@ from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.compress.passes.recover import Recover
 from tersor.compress.paths import resolve_path
+from tersor.compress.pretrained import quiet
 from tersor.export.client import Client
 from tersor.export.graph.ops import CONTRIB, Ops
 from tersor.export.mixture import choice, experts
@@ -242,14 +243,29 @@ def forms(precision: choice.Precision) -> None:
         print(f"| {width}, {ffn}, {parts}, {active} | {saved:,} | {figures} | {word} |", flush=True)
 
 
-def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> None:
+def random_llama() -> Checkpoint:
+    """A Llama of four blocks with the FFN of `speed`, not trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=12,
+        vocab_size=4096, max_position_embeddings=512,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory, quiet():
+        LlamaForCausalLM(config).save_pretrained(directory)
+        made = Checkpoint.load(Path(directory))
+        return Checkpoint(made.layout, {name: tensor.clone() for name, tensor in made.tensors.items()})
+
+
+def model(directory: Path | None, parts: int, active: int, threads: Sequence[int]) -> None:
     """The whole model, exported dense and converted (fitted to drawn ids: speed does not depend on what it says)."""
     draw = np.random.default_rng(0)
-    checkpoint = Checkpoint.load(directory)
+    checkpoint = Checkpoint.load(directory) if directory else random_llama()
     vocab = checkpoint.layout.families["vocab"]
     text = [draw.integers(0, vocab, 128) for _ in range(32)]
     mixed, context = Checkpoint(checkpoint.layout, dict(checkpoint.tensors)), Context(text)
-    Moe(experts=parts, active=active, compare=False).apply(mixed, context)
+    Moe(experts=parts, active=active, compare=False, refit=False).apply(mixed, context)
     print_load(context.details["load"])
     with tempfile.TemporaryDirectory() as beside:
         paths = {name: Path(beside, name) for name in ("dense", "experts", "dense int8", "experts int8")}
@@ -259,7 +275,8 @@ def model(directory: Path, parts: int, active: int, threads: Sequence[int]) -> N
             Onnx(precision="int8" if "int8" in name else "float32").write(source, path, text[:4])
         for count in threads:
             clients = {name: Client(path, threads=count, tokens_per_call=1 << 20) for name, path in paths.items()}
-            print(f"\n{directory.name}, {active} of {parts} experts, threads: {count}; times as fast as dense\n")
+            name = directory.name if directory else "4 random blocks of 768 × 3072"
+            print(f"\n{name}, {active} of {parts} experts, threads: {count}; times as fast as dense\n")
             print("| tokens | " + " | ".join(clients) + " |\n| ---: |" + " ---: |" * len(clients))
             for tokens in choice.TOKENS:
                 ids = [draw.integers(0, vocab, min(tokens, 128)) for _ in range(-(-tokens // 128))]
@@ -298,7 +315,7 @@ def main() -> None:
         other.add_argument(f"--{name}", type=int, default=value)
     other.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     third = kinds.add_parser("model")
-    third.add_argument("checkpoint", type=named)
+    third.add_argument("checkpoint", type=named, nargs="?", help="a random Llama, 768 wide, if not given")
     for name, value in (("experts", 16), ("active", 4)):
         third.add_argument(f"--{name}", type=int, default=value)
     third.add_argument("--threads", type=int, nargs="+", default=[1, 2])

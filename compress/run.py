@@ -331,6 +331,7 @@ class _Run:
     def _time(self, checkpoint: Checkpoint) -> None:
         """Latency of everything, interleaved in one measurement; of steps in between by their ratio to the original."""
         from .checkpoint import Checkpoint
+        from .evaluate import by_tokens
         from .evaluate.torch_scorer import TorchScorer
 
         if self.directory.entry("latency") is not None or self.lean:  # weights made at every use time their making
@@ -353,6 +354,7 @@ class _Run:
                     "threads": preflight.thread_count(self.how.threads),
                     "sequences": len(self._timed()),
                     "tokens": sum(len(s.ids) for s in self._timed() if s.ids.ndim == 1),
+                    "calls": by_tokens(scorers, self._timed(), preflight.thread_count(self.how.threads)),
                 }
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tersor.compress.data import Sample
 from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.evaluate import METRICS, Output, check_metrics, evaluate, latency
 from tersor.compress.evaluate import score as score_module
+from tersor.compress.evaluate.latency import of_tokens
 from tersor.compress.evaluate.metrics import divergence, negative_log_likelihood
 from tersor.compress.evaluate.pooling import Pooling
 from tersor.compress.evaluate.score import student, summarize
@@ -472,6 +474,17 @@ def test_scorers_with_other_threads_are_not_compared(tiny: Callable[..., Checkpo
     with pytest.raises(ValueError, match="a runs on 2 threads, the measurement on 1"):
         latency({"a": scorer}, make_samples([3]), threads=1)
     assert set(latency({"a": scorer}, make_samples([3]), threads=2, repeats=1)) == {"a"}
+
+
+def test_a_call_of_so_many_tokens_is_cut_from_the_text() -> None:
+    samples = make_samples([5, 7, 9])
+    found = of_tokens(samples, 14)
+    assert [len(sample.ids) for sample in found] == [5, 7, 2]
+    assert np.array_equal(found[2].ids, samples[2].ids[:2])
+    assert [len(sample.ids) for sample in of_tokens(samples, 12)] == [5, 7]
+    assert sum(len(sample.ids) for sample in of_tokens(samples, 99)) == 21
+    pair = replace(samples[0], types=np.array([0, 0, 1, 1, 1]))
+    assert of_tokens([pair], 3)[0].types.tolist() == [0, 0, 1]
 
 
 # --- a real encoder

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from tersor.compress import How, apply, load_recipe
-from tersor.compress.reporting import figures
+from tersor.compress.evaluate.latency import CALLS
+from tersor.compress.reporting import figures, report
 from tersor.compress.reporting.page import _details, render
 from tersor.compress.run import resolve
 
@@ -182,6 +183,48 @@ def test_columns_over_steps_are_drawn_over_them():
     assert "step" in odd[0], "columns of other lengths are lines of their own"
     moved = figures.lines("loss", {"sparse": few["sparse"], "dense": few["dense"]}, "step", "s-0", [1, 11, 21, 91])
     assert moved != lines
+
+
+def test_records_by_a_column_are_drawn_over_it_beside_what_they_are_held_to():
+    curve = [{"k": k, "loss": 3.0 - k / 10, "share": k / 8} for k in (2, 4, 8)]
+    _, (plot,), rest = _details({"loss": {"dense": 2.0, "pruned": 2.9}, "loss_by_k": curve}, "s")
+    assert all(word in plot for word in ("dense", "pruned", ">k<"))
+    assert "share" not in plot
+    assert rest.keys() == {"loss by k"}
+    alone = _details({"loss_by_k": curve}, "s")[1][0]
+    assert "dense" not in alone
+    further = _details({"loss_by_k": [{**record, "k": 3 * record["k"]} for record in curve]}, "s")[1][0]
+    assert further != alone
+
+
+def test_records_of_many_numbers_are_a_field_and_those_of_no_common_scale_a_table():
+    load = [{f"expert {n}": 0.1 * n + layer for n in range(8)} for layer in range(3)]
+    _, (field,), rest = _details({"load": load}, "s")
+    assert "expert" in field
+    assert "dark: 2.7" in field
+    assert rest.keys() == {"load"}
+    router = [{"scale": 1e-4, "kept": 1.0 - n / 100} for n in range(4)]
+    assert _details({"router": router}, "s")[1] == []
+    assert len(_details({"router": [{**record, "scale": 0.1} for record in router]}, "s")[1]) == 1
+
+
+def test_what_is_the_same_in_every_layer_is_a_word_and_no_plot():
+    facts, plots, rest = _details({"active_per_layer": [0.5] * 8}, "s")
+    assert (facts, plots, rest) == ({"active per layer": "0.5, all 8"}, [], {})
+    assert len(_details({"active_per_layer": [0.5] * 7 + [0.4]}, "s")[1]) == 1
+
+
+def test_calls_of_several_sizes_are_timed_and_drawn(page, run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    calls = metrics["latency"]["calls"]
+    assert [call["tokens"] for call in calls] == [n for n in CALLS if n <= metrics["latency"]["tokens"]]
+    assert all(ms > 0 for call in calls for ms in call["milliseconds"].values())
+    assert "times as fast as the original, by tokens of a call" in page
+    table = report.calls(metrics)
+    assert table[0] == ["tokens of a call, ms", *report.columns(metrics)]
+    assert [row[0] for row in table[1:]] == [str(call["tokens"]) for call in calls]
+    assert all("faster" in cell or "slower" in cell for row in table[1:] for cell in row[2:])
+    assert report.calls({**metrics, "latency": {"calls": None}}) == []
 
 
 def test_one_sample_has_no_interval_and_numbers_that_are_none_no_plot():

@@ -9,7 +9,7 @@ Read: scorer.py (the protocol) → metrics.py (what is measured, one function a 
 """
 
 from .gate import Gate, Verdict, judge
-from .latency import latency
+from .latency import by_tokens, latency
 from .metrics import ALWAYS, METRICS, Metric, check_metrics
 from .reductions import Reduction
 from .score import Score, evaluate
@@ -26,6 +26,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Verdict",
+    "by_tokens",
     "check_metrics",
     "evaluate",
     "judge",

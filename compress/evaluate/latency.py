@@ -11,9 +11,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
+from typing import Any
 
 from ..data import Sample
 from .scorer import Scorer
+
+CALLS = (1, 8, 128, 512)
+"""Tokens of the calls that are timed by size."""
 
 
 def latency(
@@ -47,6 +51,30 @@ def latency(
                 scorers[name](asked)
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(times) * 1e3 for name, times in seconds.items()}
+
+
+def by_tokens(scorers: Mapping[str, Scorer], samples: Sequence[Sample], threads: int) -> list[dict[str, Any]]:
+    """`tokens` of a call and `milliseconds` by name for each of `CALLS` that the samples hold; none for images.
+
+    What pays in large calls may cost in small ones.
+    """
+    if samples[0].ids.ndim != 1:
+        return []
+    held = sum(len(sample.ids) for sample in samples)
+    calls = {tokens: of_tokens(samples, tokens) for tokens in CALLS if tokens <= held}
+    return [{"tokens": n, "milliseconds": latency(scorers, call, threads)} for n, call in calls.items()]
+
+
+def of_tokens(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first samples of a text that have `count` tokens together, the last one cut; fewer if there are no more."""
+    found: list[Sample] = []
+    for sample in samples:
+        left = count - sum(len(taken.ids) for taken in found)
+        if left <= 0:
+            break
+        types = None if sample.types is None else sample.types[:left]
+        found.append(Sample(ids=sample.ids[:left], bytes=0, text="", types=types))
+    return found
 
 
 def _threads(threads: int) -> AbstractContextManager[None]:

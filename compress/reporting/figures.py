@@ -96,7 +96,13 @@ def intervals(
 
 
 def lines(
-    title: str, series: Mapping[str, Sequence[float]], xlabel: str, prefix: str, places: Sequence[float] | None = None
+    title: str,
+    series: Mapping[str, Sequence[float]],
+    xlabel: str,
+    prefix: str,
+    places: Sequence[float] | None = None,
+    references: Mapping[str, float] | None = None,
+    names: Sequence[str] | None = None,
 ) -> str:
     """One line or several over 0, 1, 2, … (layers, trials), or over places (steps).
 
@@ -107,6 +113,8 @@ def lines(
         xlabel: what is counted.
         prefix: of the ids.
         places: of the values, where they are not counted from 0.
+        references: values by name that stand beside the series, as dashed lines.
+        names: of the places, in their stead.
     """
 
     def draw(axes: Any) -> None:
@@ -122,13 +130,46 @@ def lines(
             elif len(values) <= 60:
                 style["marker"] = "o"
             axes.plot(at, values, **style)
+        for name, value in (references or {}).items():
+            axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+            axes.annotate(name, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          ha="right", fontsize=8, color=SOFT)  # fmt: skip
         axes.set_xlabel(xlabel)
-        axes.locator_params(axis="x", integer=True)
+        if names is None:
+            axes.locator_params(axis="x", integer=True)
+        else:
+            axes.set_xticks(range(len(names)), names)
         axes.grid(axis="y", color="#e3e8ed", linewidth=0.8)
         if len(series) > 1:
             axes.legend(frameon=False, fontsize=9)
 
     return _svg(draw, title, 2.4, prefix)
+
+
+def heat(title: str, rows: Sequence[Sequence[float]], xlabel: str, ylabel: str, prefix: str) -> str:
+    """A field a value, darker where it is larger, from 0 to the largest, which the title names.
+
+    Args:
+        title: above the plot.
+        rows: values; all rows are equally long.
+        xlabel: what is counted along a row.
+        ylabel: what the rows are.
+        prefix: of the ids.
+    """
+    largest = max(map(max, rows))
+
+    def draw(axes: Any) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+
+        shades = LinearSegmentedColormap.from_list("tersor", ["#ffffff", MAIN])
+        axes.pcolormesh(rows, cmap=shades, vmin=0, vmax=largest or 1, edgecolors="#ffffff", linewidth=0.5)
+        axes.invert_yaxis()
+        axes.set_xticks([0.5, len(rows[0]) - 0.5], [0, len(rows[0]) - 1])
+        axes.set_yticks([0.5, len(rows) - 0.5], [0, len(rows) - 1])
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+
+    return _svg(draw, f"{title} (dark: {largest:.3g})", 0.9 + min(2.6, 0.18 * len(rows)), prefix)
 
 
 def _svg(draw: Any, title: str, height: float, prefix: str) -> str:

@@ -24,6 +24,7 @@ def write_report(directory: Path, plan: Plan, metrics: Mapping[str, Any], journa
         plan=plan,
         metrics=metrics,
         table=report.markdown_table(report.rows(metrics)),
+        calls=report.markdown_table(report.calls(metrics)) if metrics["latency"].get("calls") else "",
         gates=report.gates(journal),
         precisions=report.precisions(journal),
         steps=[e for e in journal if "seconds" in e],

@@ -1,9 +1,10 @@
 """report.html: the run as one page that opens anywhere, offline: styles and plots are inside, and nothing is asked for.
 
 What the page shows is metrics.json, the journal, the plan and lock.json, and nothing else, so the same run directory
-gives the same bytes. Details that a pass left in the journal are shown by their shape: numbers as they are, lists of
-numbers (`per_layer` and the like) and lists of records as plots, so are columns over a column `step`, records as tables
-and the rest as JSON to unfold.
+gives the same bytes. Details that a pass left in the journal are shown by their shape: numbers as they are; as plots
+lists of numbers (`per_layer` and the like), columns over a column `step`, records `NAME_by_COLUMN` over that column
+(beside the details' own `NAME`, where that is numbers), and records of many numbers as a field of shades; records as
+tables too, and the rest as JSON to unfold.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SHORTEST = 3  # values that make a plot
 SERIES = 6  # lines in one plot
+SPREAD = 100  # how much larger one line may be than another before that is a flat one
 
 
 def render(directory: Path, plan: Plan, metrics: Mapping[str, Any], journal: Sequence[report.Entry]) -> str:
@@ -121,6 +123,10 @@ def _figures(metrics: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Any]]
         threads = timed["threads"]
         title = f"latency of {timed['tokens']} tokens, {threads} thread{'' if threads == 1 else 's'}"
         yield bar(title, "latency_ms", lambda ms: f"{ms:.4g} ms")
+    calls = metrics["latency"].get("calls")
+    if calls and len(calls[0]["milliseconds"]) > 1:
+        last = metrics["steps"][-1]["step"] if metrics["steps"] else "original"
+        yield _calls(calls, {"checkpoint": last})
     for name in report.metric_names(metrics):
         values = {part: block[name] for part, block in blocks.items() if name in block}
         bounds = {part: block.get("intervals", {}).get(name, (None, None)) for part, block in blocks.items()}
@@ -128,6 +134,16 @@ def _figures(metrics: Mapping[str, Any], blocks: Mapping[str, Mapping[str, Any]]
         unit = METRICS[name].unit if name in METRICS else ""
         title = f"{name.replace('_', ' ')}{f', {unit}' if unit else ''}"
         yield figures.intervals(title, values, bounds, sorted(limits), f"f-{name}")
+
+
+def _calls(calls: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """How many times as fast as the original, by tokens of a call; `names` are other ones of what was timed."""
+    times = {name: [call["milliseconds"][name] for call in calls] for name in calls[0]["milliseconds"]}
+    base = times.pop("original")
+    series = {names.get(n, n): [b / own for b, own in zip(base, found, strict=True)] for n, found in times.items()}
+    tokens = [str(call["tokens"]) for call in calls]
+    title = "times as fast as the original, by tokens of a call"
+    return figures.lines(title, series, "tokens", "f-calls", references={"original": 1.0}, names=tokens)
 
 
 def _done(journal: Sequence[report.Entry]) -> list[report.Entry]:
@@ -157,13 +173,25 @@ def _details(details: Mapping[str, Any], prefix: str) -> tuple[dict[str, str], l
     rest: dict[str, Any] = {}
     for key, value in details.items():
         title, series = key.replace("_", " "), _series(key, value)
+        ids = f"{prefix}-{len(plots)}"
         if columns := _over_steps(value):
             steps = columns.pop("step")
-            plots.append(figures.lines(title, columns, "step", f"{prefix}-{len(plots)}", steps))
+            plots.append(figures.lines(title, columns, "step", ids, steps))
             continue
-        if series:
+        if found := _over_column(key, value):
+            name, column, places, values = found
+            beside = details.get(name, {})
+            references = beside if isinstance(beside, dict) and _numbers(list(beside.values()), 1) else {}
+            plots.append(figures.lines(title, {name: values}, column.replace("_", " "), ids, places, references))
+        elif rows := _rows(value):
+            words = {name.rpartition(" ")[0] for name in value[0]}  # "expert 0", "expert 1", …
+            plots.append(figures.heat(title, rows, words.pop() if len(words) == 1 else "", "layer", ids))
+        elif series:
             counted = "layer" if "layer" in key else "number"
-            plots.append(figures.lines(title, series, counted, f"{prefix}-{len(plots)}"))
+            plots.append(figures.lines(title, series, counted, ids))
+        elif _numbers(value):
+            facts[title] = f"{_scalar(value[0])}, all {len(value)}"
+            continue
         if _flat(value):
             facts[title] = _scalar(value)
         elif isinstance(value, list) and all(isinstance(part, dict) for part in value):
@@ -183,6 +211,24 @@ def _over_steps(value: Any) -> dict[str, list[float]]:
     return {str(name): part for name, part in value.items()} if even else {}
 
 
+def _over_column(key: str, value: Any) -> tuple[str, str, list[float], list[float]] | None:
+    """Of records `NAME_by_COLUMN`: name, column, and the values of both; None if it is something else."""
+    name, by, column = key.partition("_by_")
+    if not (by and isinstance(value, list) and all(isinstance(record, dict) for record in value)):
+        return None
+    places, values = ([record.get(part) for record in value] for part in (column, name))
+    return (name, column, places, values) if _numbers(places) and _numbers(values) else None
+
+
+def _rows(value: Any) -> list[list[float]]:
+    """Records of the same many numbers, as rows; empty if it is something else."""
+    if not (isinstance(value, list) and value and all(isinstance(record, dict) for record in value)):
+        return []
+    rows = [list(record.values()) for record in value]
+    alike = all(record.keys() == value[0].keys() for record in value)
+    return rows if alike and len(rows[0]) > SERIES and all(map(_numbers, rows)) else []
+
+
 def _flat(value: Any) -> bool:
     """Whether a line can say it: no list or dict, or a short one of such."""
     if isinstance(value, dict):
@@ -193,24 +239,27 @@ def _flat(value: Any) -> bool:
 
 
 def _series(key: str, value: Any) -> dict[str, list[float]]:
-    """Lists of numbers in it, by name; none if it is something else."""
+    """Lists of numbers in it, by name; none if it is something else, or would be lines that say nothing."""
     if _numbers(value):
-        return {key: value}
+        return {key: value} if len(set(value)) > 1 else {}
     if isinstance(value, dict):
         found = {str(name): part for name, part in value.items() if _numbers(part)}
         return found if len(found) == len(value) <= SERIES else {}
     if isinstance(value, list) and len(value) >= SHORTEST and all(isinstance(record, dict) for record in value):
         columns = {name: [record.get(name) for record in value] for name in value[0]}
         numeric = {name: column for name, column in columns.items() if _numbers(column)}
+        largest = [max(map(abs, column)) for column in numeric.values()]
+        if any(size < max(largest) / SPREAD for size in largest):
+            return {}
         return dict(list(numeric.items())[:SERIES])
     return {}
 
 
-def _numbers(value: Any) -> bool:
-    """Whether it is a list of enough finite numbers."""
+def _numbers(value: Any, least: int = SHORTEST) -> bool:
+    """Whether it is a list of at least so many finite numbers."""
     return (
         isinstance(value, list)
-        and len(value) >= SHORTEST
+        and len(value) >= least
         and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value)
     )
 

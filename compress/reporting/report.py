@@ -83,7 +83,7 @@ def collect(journal: Sequence[Entry], plan: Plan, failed: bool) -> dict[str, Any
         "steps": steps,
         "checkpoint": block(last, "checkpoint" if plan.passes else "original"),
         "artifacts": artifacts,
-        "latency": {key: latency.get(key) for key in ("threads", "sequences", "tokens")},
+        "latency": {key: latency.get(key) for key in ("threads", "sequences", "tokens", "calls")},
         "verdict": "fail" if failed else "pass",
     }
 
@@ -120,6 +120,19 @@ def rows(metrics: Mapping[str, Any]) -> list[list[str]]:
             table.append([label, *(_cell(key, block, metrics["original"]) for block in shown.values())])
     if any(block.get("parity") for block in shown.values()):
         table.append(["parity: error, allowed", *(_parity(block.get("parity")) for block in shown.values())])
+    return table
+
+
+def calls(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Latency by tokens of a call as text: a heading row, then a row a call; empty where none was timed."""
+    names = {"original": "original", "checkpoint": "compressed"}
+    names |= {a["name"]: heading for heading, a in columns(metrics).items() if "name" in a}
+    found = metrics["latency"].get("calls") or []
+    heads = list(found[0]["milliseconds"]) if found else []
+    table = [["tokens of a call, ms", *(names[name] for name in heads)]] if found else []
+    for call in found:
+        blocks = {name: {"latency_ms": call["milliseconds"][name]} for name in heads}
+        table.append([str(call["tokens"]), *(_cell("latency_ms", blocks[n], blocks["original"]) for n in heads)])
     return table
 
 

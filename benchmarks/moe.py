@@ -9,7 +9,8 @@ Quality: the text in windows of 256 tokens; of the first 60 %, 128 (drawn anew f
 96 are scored, in float32. `excess` is the loss in nats a token above the dense model's; of an encoder, one minus the
 cosine with the dense model's mean-pooled answer. Every method sees the same tokens and works on the same number of FFN
 units. The published methods are run in their training-free form; what no class holds is simulated
-(compress/moe/trial.py), ours is read back from the saved class.
+(compress/moe/trial.py), ours is read back from the saved class. Seconds are processor time, of a simulated method with
+its scoring.
 
     energy          the units of largest mean square for every token (no router)
     OBS + fit       units by backward elimination, down projection refitted: what `slice` does to an FFN (no router)
@@ -18,7 +19,8 @@ units. The published methods are run in their training-free form; what no class 
     CMoE            parts by activation rate, half of them shared, analytic router
     ours            what `moe` does by default: without its refit, with it, with 1000 steps of distillation before, and
                     where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`);
-                    with --recover, so many steps of training from end to end behind it (redrawn text, rate 2e-3)
+                    with --recover, so many steps of training from end to end behind the distilled one (redrawn
+                    text, rate 2e-3), and the processor seconds of both
     oracle          ours with the refit and a router that knows the importances
 
 Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
@@ -69,7 +71,7 @@ OURS = {
     "ours": {},
     "ours + distillation": {"distill_steps": 1000},
     "ours, dynamic": {"dynamic": True},
-    "ours + recover": {},
+    "ours + recover": {"distill_steps": 1000},
 }
 TRAINED = "ours + recover"
 PUBLISHED = ("energy", "LLaMA-MoE", "MoEfication", "CMoE")
@@ -89,6 +91,7 @@ def windows(
 
 def quality(given: argparse.Namespace) -> None:
     found: dict[float, dict[str, list[float]]] = {share: {} for share in given.active}
+    spent: dict[tuple[float, str], list[float]] = {}
     for seed in range(given.seeds):
         checkpoint = Checkpoint.load(given.checkpoint)
         layout, model = checkpoint.layout, checkpoint.model()
@@ -102,25 +105,29 @@ def quality(given: argparse.Namespace) -> None:
                 if given.only and name not in given.only:
                     continue
                 cut = Cut(layout.families["ffn"], given.experts, active, int(active * common))
+                began = time.process_time()
                 with torch.no_grad():
                     side = Side.at_start(model, layout, data)
                 blocks = convert(side, layout, cut, method, data, seed, lambda items, _: items)
-                rows.setdefault(name, []).append(Trial(model, layout, judged).follow(blocks) - dense)
+                trial = Trial(model, layout, judged)
+                rows.setdefault(name, []).append(trial.follow(blocks) - dense)
+                spent.setdefault((share, name), []).append(time.process_time() - began)
             for name, more in OURS.items():
                 trained = name == TRAINED
                 if (given.only and name not in given.only) or (gated and "dynamic" in more) or trained > given.recover:
                     continue
                 options = Moe(experts=given.experts, active=active, compare=False, **more)
-                made = Checkpoint(layout, dict(checkpoint.tensors), checkpoint.tokenizer)
+                made, began = Checkpoint(layout, dict(checkpoint.tensors), checkpoint.tokenizer), time.process_time()
                 options.apply(made, Context(calibration, seed=seed))
                 if trained:
                     learning = Recover(steps=given.recover, batch=8, learning_rate=2e-3, redrawn=0.5)
                     learning.apply(made, Context(calibration, seed=seed, original=checkpoint))
+                spent.setdefault((share, name), []).append(time.process_time() - began)
                 with tempfile.TemporaryDirectory() as beside:
                     made.save(Path(beside))
                     again = Checkpoint.load(Path(beside), layout.task)
                 rows.setdefault(name, []).append(judge(again.model(), model, again.layout, judged) - dense)
-            print_row(share, rows, dense)
+            print_row(share, rows, dense, {name: spent[share, name] for name in rows})
     if given.plot:
         plot(found, given.plot, f"{given.checkpoint.name}, {given.experts} parts")
 
@@ -147,15 +154,16 @@ def print_load(details: list[dict[str, list[float]]]) -> None:
         print(f"| {name} expert | " + " | ".join(f"{block[place]:.2f}" for block in shares) + " |")
 
 
-def print_row(share: float, rows: dict[str, list[float]], dense: float) -> None:
-    """One share: excess of all methods, mean and range over the seeds so far."""
+def print_row(share: float, rows: dict[str, list[float]], dense: float, spent: dict[str, list[float]]) -> None:
+    """One share: excess and processor seconds of all methods, mean and range over the seeds so far."""
     published = min((statistics.mean(rows[name]) for name in PUBLISHED if name in rows), default=math.nan)
     count = len(next(iter(rows.values())))
     print(f"\n{share:.0%} active, dense loss {dense:.4f}, {count} seeds\n")
-    print("| method | excess | range | against the best published |\n| --- | ---: | ---: | ---: |")
+    print("| method | excess | range | against the best published | seconds |\n| --- | ---: | ---: | ---: | ---: |")
     for name, values in rows.items():
         mean = statistics.mean(values)
-        print(f"| {name} | {mean:.4f} | {min(values):.4f} … {max(values):.4f} | {mean / published:.2f} × |", flush=True)
+        span, seconds = f"{min(values):.4f} … {max(values):.4f}", statistics.mean(spent[name])
+        print(f"| {name} | {mean:.4f} | {span} | {mean / published:.2f} × | {seconds:.0f} |", flush=True)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

@@ -444,9 +444,26 @@ def test_distillation_helps_and_no_steps_change_nothing(dense):
     (left, plain, one), (_, zero, other) = made(), made(distill_steps=0)
     assert zero == plain
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    less, better, _ = made(distill_steps=150)
+    less, better, third = made(distill_steps=150)
     assert less < 0.96 * left
     assert better < plain
+    router = "model.layers.0.mlp.gate.weight"
+    direction = torch.nn.functional.cosine_similarity(one.tensors[router], third.tensors[router], dim=1)
+    assert direction.max() < 0.9999
+    assert direction.min() > 0.5
+
+
+def test_the_gradient_of_a_choice_is_that_of_its_edge():
+    from tersor.compress.moe.distill import straight_through
+
+    logits = torch.tensor([[3.0, 0.6, 0.4, -3.0]], requires_grad=True)
+    gates = straight_through(logits, 2)
+    assert gates.detach().round(decimals=6).tolist() == [[1, 1, 0, 0]]
+    (gates @ torch.tensor([1.0, 1.0, 1.0, 1.0])).sum().backward()
+    sure, near, almost, never = logits.grad[0].tolist()
+    assert near == pytest.approx(almost)
+    assert near > 100 * sure
+    assert near > 100 * never
 
 
 def test_distillation_without_a_refit_is_refused(dense):

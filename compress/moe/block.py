@@ -32,7 +32,4 @@ class Block:
 
     def masked(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """What the down projection reads: h ∘ g(x), float32 `[n, ffn]`."""
-        start = self.cut.shared * self.cut.part
-        gates = self.gate(x, h)
-        routed = h[:, start:].unflatten(1, (self.cut.routed, self.cut.part)) * gates[:, :, None]
-        return torch.cat([h[:, :start], routed.flatten(1)], dim=1)
+        return self.cut.masked(h, self.gate(x, h))

@@ -115,8 +115,11 @@ def _block(
     block = routed(tokens, cut, method, seed) if allotment is None else worthwhile(tokens, cut, method, allotment)
     if small is not side:
         if method.steps:
-            block = distilled(block, tokens, wanted, method.steps, seed + number)
-            tokens = Tokens(block.ffn, before, data)
+            free = allotment is None and block.router is not None and cut.chosen < cut.routed
+            start = routers.normalised(block.router, tokens) if free and block.router is not None else None
+            ffn, learned = distilled(block, tokens, wanted, method.steps, seed + number, start)
+            tokens = Tokens(ffn, before, data)
+            block = replace(block, ffn=ffn) if learned is None else held(learned, tokens, cut, method)
         block = refitted(block, tokens, wanted, method.ridge)
         small.streams = moved(block, tokens)
     block.details.update(observed(block, tokens, allotment))
@@ -146,7 +149,13 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
             return Block(tokens.ffn, lambda x, _h: x.new_zeros(len(x), cut.routed), cut, None)
         score = routers.SCORES[method.router](tokens, cut, seed)
         return Block(tokens.ffn, lambda x, h: routers.choose(score(x, h), cut.chosen).float(), cut, None)
-    raw = routers.normalised(routers.LINEAR[method.router](tokens, cut), tokens)
+    return held(routers.LINEAR[method.router](tokens, cut), tokens, cut, method)
+
+
+def held(router: torch.Tensor, tokens: Tokens, cut: Cut, method: Method) -> Block:
+    """The block with a linear router `[routed, hidden]` as its class will hold it."""
+    assert method.weights is not None
+    raw = routers.normalised(router, tokens)
     weights, factor = method.weights, 1 / routers.constant(cut, method.weights)
     if cut.chosen == cut.routed:  # nothing to choose: the constant is exact
         scale, share = 0.0, 1.0
@@ -156,10 +165,10 @@ def routed(tokens: Tokens, cut: Cut, method: Method, seed: int) -> Block:
         x = torch.cat([x for x, _ in tokens])[:: max(1, tokens.count // CHECKED)]
         scale = routers.smallest_scale(raw, x, weights, method.dtype)[0]
         share = routers.kept(raw, scale, x, cut.chosen, weights, method.dtype)
-    router = (raw * scale).to(method.dtype)
-    stored = router.float()
+    rounded = (raw * scale).to(method.dtype)
+    stored = rounded.float()
     block = Block(
-        tokens.ffn, lambda x, _h: routers.weigh(x @ stored.T, cut.chosen, weights) * factor, cut, router.double()
+        tokens.ffn, lambda x, _h: routers.weigh(x @ stored.T, cut.chosen, weights) * factor, cut, rounded.double()
     )
     block.details.update(scale=scale, kept=share)
     return block

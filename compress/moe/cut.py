@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import RecipeError
 
 ROWS = 8
@@ -42,6 +44,12 @@ class Cut:
     def chosen(self) -> int:
         """Parts that the router chooses; 0 where the active ones are fixed, which prunes."""
         return self.active - self.shared
+
+    def masked(self, h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Activations `[n, ffn]` in the partition's order, the routed parts' by their gates `[n, routed]`."""
+        start = self.shared * self.part
+        routed = h[:, start:].unflatten(1, (self.routed, self.part)) * gates[:, :, None]
+        return torch.cat([h[:, :start], routed.flatten(1)], dim=1)
 
     def refuse(self) -> None:
         """Say what is wrong with the numbers of a recipe.

@@ -1,10 +1,14 @@
-"""Layer-local distillation: a block's experts trained to add what the dense model has behind them.
+"""Layer-local distillation: a block's experts and router trained to add what the dense model has behind them.
 
-    minimise  mean ‖R − (act(x Gᵀ) ∘ (x Uᵀ) ∘ g(x)) Dᵀ‖² / mean ‖R‖²     over gate G, up U and down D
+    minimise  mean ‖R − (act(x Gᵀ) ∘ (x Uᵀ) ∘ g(x)) Dᵀ‖² / mean ‖R‖²     over gate G, up U, down D and router W
 
-with the routing g fixed and R as in the refit (convert.py), on the calibration tokens that already lie in memory. Adam
-with a cosine from `RATE` to zero; no other block runs, so a step costs one FFN forward and backward on `BATCH` tokens.
-The refit that follows solves D once more on all tokens.
+with R as in the refit (convert.py), on the calibration tokens that already lie in memory. Adam with a cosine from
+`RATE` to zero; no other block runs, so a step costs one FFN forward and backward on `BATCH` tokens. The refit that
+follows solves D once more on all tokens.
+
+g(x) is one for the `chosen` largest logits, which has no gradient; the router gets that of a sigmoid around the
+middle between the last logit that is chosen and the first that is not (straight through, Bengio et al.,
+arXiv 1308.3432). It moves more slowly than the experts, which would chase a choice that flees them.
 """
 
 from __future__ import annotations
@@ -15,15 +19,22 @@ from dataclasses import replace
 
 import torch
 
-from .activations import Tokens
+from .activations import Ffn, Tokens
 from .block import Block
+from .router import choose
 
-RATE = 2e-3
+RATE = 5e-3
+"""Of Adam, in units of a matrix' root mean square."""
+ROUTER_RATE = 2e-3
 BATCH = 512
+SOFTNESS = 0.3
+"""Width of the sigmoid that lends the choice a gradient; logits have unit deviation."""
 
 
-def distilled(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], steps: int, seed: int) -> Block:
-    """The block after `steps` steps.
+def distilled(
+    block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], steps: int, seed: int, raw: torch.Tensor | None
+) -> tuple[Ffn, torch.Tensor | None]:
+    """FFN and router after `steps` steps.
 
     Args:
         block: routed; its gate may depend on x alone.
@@ -31,9 +42,10 @@ def distilled(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], step
         wanted: the streams that should be behind it, a batch each.
         steps: of Adam; 0 changes nothing.
         seed: of the order of tokens.
+        raw: the router `[routed, hidden]`, logits of unit deviation; None leaves the block's gate as it is.
     """
     if steps == 0:
-        return block
+        return block.ffn, raw
     ffn = block.ffn
     x = torch.cat([x for x, _ in tokens])
     pairs = zip(tokens.before, wanted, tokens.data, strict=True)
@@ -41,20 +53,38 @@ def distilled(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], step
     target = target if ffn.shift is None else target - ffn.shift
     size = float(target.square().mean())
     generator = torch.Generator().manual_seed(seed)
-    weights = [weight.clone().requires_grad_(True) for weight in (ffn.gate, ffn.up, ffn.down) if weight is not None]
-    unit = [max(float(weight.detach().square().mean().sqrt()), 1e-12) for weight in weights]
-    optimizer = torch.optim.Adam([{"params": [w], "lr": RATE * u} for w, u in zip(weights, unit, strict=True)])
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = {"gate": RATE, "up": RATE, "down": RATE, "router": ROUTER_RATE}
+    start = {"gate": ffn.gate, "up": ffn.up, "down": ffn.down, "router": raw}
+    learned = {name: w.float().clone().requires_grad_(True) for name, w in start.items() if w is not None}
+    optimizer = torch.optim.Adam(
+        [{"params": [w], "lr": rates[name] * root_mean_square(w)} for name, w in learned.items()], betas=(0.9, 0.99)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     with torch.enable_grad():
-        for step in range(steps):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            drawn = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)
-            gate, *up, down = weights
-            h = ffn.with_rows(x[drawn], gate, up[0] if up else None)
-            loss = (block.masked(x[drawn], h) @ down.T - target[drawn]).square().mean() / size
+        for _ in range(steps):
+            drawn = x[index := torch.randint(len(x), (min(BATCH, len(x)),), generator=generator)]
+            h = ffn.with_rows(drawn, learned["gate"], learned.get("up"))
+            if raw is None:
+                masked = block.masked(drawn, h)
+            else:
+                masked = block.cut.masked(h, straight_through(drawn @ learned["router"].T, block.cut.chosen))
+            loss = (masked @ learned["down"].T - target[index]).square().mean() / size
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    gate, *up, down = (weight.detach() for weight in weights)
-    return replace(block, ffn=replace(ffn, gate=gate, up=up[0] if up else None, down=down))
+            schedule.step()
+    made = {name: weight.detach() for name, weight in learned.items()}
+    after = replace(ffn, gate=made["gate"], up=made.get("up"), down=made["down"])
+    return after, made["router"].double() if raw is not None else None
+
+
+def root_mean_square(weight: torch.Tensor) -> float:
+    """Never zero."""
+    return max(float(weight.detach().square().mean().sqrt()), 1e-12)
+
+
+def straight_through(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """One for the `count` largest of `[n, routed]`, with the gradient of a sigmoid around the edge of the choice."""
+    edge = logits.detach().topk(count + 1, dim=1).values[:, -2:].mean(1, keepdim=True)
+    soft = torch.sigmoid((logits - edge) / SOFTNESS)
+    return choose(logits, count).float() + soft - soft.detach()

@@ -5,13 +5,14 @@
     co-activation  units are alike if they are among a token's largest contributions on the same tokens: centred
                    indicator columns `[tokens]`, projected at random to `SKETCH` dimensions while tokens stream by,
                    then k-means with groups of equal size (assignment.py)
+    kmeans         k-means on the gate's rows, which say when a unit opens (MoEfication, 2110.01786)
     caught         from there, in turns with a router (regroup.py)
 
 Not parts to choose from but units to keep, where all active parts are shared: `energy`, and `surgeon`, which is what
 the slicing pass does to an FFN.
 
-For comparison: `random` (LLaMA-MoE, arXiv 2406.16554), `kmeans` on the gate's rows (MoEfication, 2110.01786),
-`activation-rate` (CMoE: shared by rate, one assignment to the most active units' columns).
+For comparison: `random` (LLaMA-MoE, arXiv 2406.16554), `activation-rate` (CMoE: shared by rate, one assignment to the
+most active units' columns).
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def co_activation(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
 
 
 def caught(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
-    """Co-activation, then in turns with a router."""
-    return regrouped(tokens, cut, co_activation(tokens, cut, seed))
+    """By the gate's rows, then in turns with a router."""
+    no_gate = tokens.ffn.up is None  # then all rows share what sets the bias, which tells no unit from another
+    return regrouped(tokens, cut, by_kmeans(tokens, cut, seed, centred=no_gate))
 
 
 def by_random(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
@@ -110,10 +112,11 @@ def by_random(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
     return torch.cat([shared.sort().values, rest[order]])
 
 
-def by_kmeans(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
-    """Shared by contribution, the rest by the direction of the gate's rows."""
+def by_kmeans(tokens: Tokens, cut: Cut, seed: int, centred: bool = False) -> torch.Tensor:
+    """Shared by contribution, the rest by the direction of the gate's rows, or of their difference from the mean."""
     shared, rest = split_shared(contribution(tokens), cut)
-    rows = functional.normalize(tokens.ffn.gate[rest], dim=1)
+    rows = tokens.ffn.gate[rest]
+    rows = functional.normalize(rows - rows.mean(0) if centred else rows, dim=1)
     return ordered(shared, rest, grouped(rows, cut.routed, seed))
 
 

@@ -1,6 +1,6 @@
 """Groups of units that a linear router can tell apart: partition and router in turns.
 
-Units that are large together need not be large where a linear router sees it coming. With the router fixed, what is
+Units that open together need not be large where a linear router sees it coming. With the router fixed, what is
 caught when unit u lies in group g is a sum over the tokens on which g is chosen, so the best groups of equal size are
 an assignment; with the groups fixed, the router is a ridge regression:
 

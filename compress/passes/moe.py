@@ -65,13 +65,13 @@ class Moe(Pass):
         most: parts that a token may use with `dynamic`, shared ones included; by default twice as many as `active`.
         target: the stock class of the result; `auto` takes the first that holds the model.
         partition: which units go together: `caught`, those whose energy a linear router catches together; the others
-            are there to be compared with, `co-activation` being where it starts.
+            are there to be compared with, `kmeans` being where it starts.
         router: how parts are chosen: `listwise`, fitted to their order; `ridge`, to their size, in closed form;
             `centre`, the mean direction of a part's gate rows, is there to be compared with.
         refit: solve the down projections again under the routing.
         ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
-        distill_steps: of training a block's experts to add what the dense model has behind them, before the refit;
-            a few hundred take seconds a block.
+        distill_steps: of training a block's experts and router to add what the dense model has behind them, before the
+            refit; a few hundred take seconds a block.
         compare: leave a tenth of the calibration data out of the fits and measure on it what each number of experts
             costs, what the best conceivable router would, and what pruning to the same number of units would. Takes
             two more conversions.

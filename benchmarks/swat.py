@@ -3,15 +3,17 @@
     python benchmarks/swat.py speed [--plot FILE.png]
     python benchmarks/swat.py memory [--plot FILE.png]
     python benchmarks/swat.py onnx
-    python benchmarks/swat.py accuracy [--mnist FOLDER] [--cifar FILE.npz] [--seeds 5] [--plot FILE.png]
-    python benchmarks/swat.py text [--seeds 3] [--plot FILE.png]
+    python benchmarks/swat.py accuracy [--mnist FOLDER] [--cifar FILE.npz] [--seeds 5] [--results FILE] [--plot FILE]
+    python benchmarks/swat.py text [--seeds 3] [--results FILE] [--plot FILE]
 
 `speed` runs forward and backward of one block, a named dense baseline and each method in turn, and prints the median
 of their ratios in CPU seconds of one thread (wall clock says little on a shared machine). `accuracy` trains on
 scikit-learn's digits, and on MNIST's 10,000 test images (idx files, 8,000 to train) and a CIFAR-10 subset (x_train,
 y_train, x_test, y_test) where they are given; seeds are paired: the same split, weights and batches for every method.
 `text` trains a byte-level Llama on the text that ships. Methods marked = have as many counted FLOPs as ours at the same
-sparsity, so other steps; --only takes words in their names. --plot draws each table, with its name in the file's.
+sparsity, so other steps; --only takes words in their names. --results keeps every run as it ends, and what lies there
+is not trained again. --validation scores on a part cut from the training data, for choosing options. --plot draws each
+table, with its name in the file's.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float, help="the highest learning rate, of all methods")
+    parser.add_argument("--validation", action="store_true", help="score on a part of the training data")
+    parser.add_argument("--results", type=Path, help="where runs are kept")
     parser.add_argument("--bfloat16", action="store_true", help="all methods multiply in bfloat16")
     parser.add_argument("--mnist", type=Path)
     parser.add_argument("--cifar", type=Path)
@@ -51,14 +56,15 @@ def main() -> None:
         onnx(options.rounds)
     tasks = []
     if "accuracy" in options.table:
-        tasks += [] if options.without_digits else [digits()]
-        tasks += [mnist(options.mnist)] if options.mnist else []
-        tasks += [cifar(options.cifar)] if options.cifar else []
+        tasks += [] if options.without_digits else [digits(options.validation)]
+        tasks += [mnist(options.mnist, options.validation)] if options.mnist else []
+        tasks += [cifar(options.cifar, options.validation)] if options.cifar else []
     if "text" in options.table:
-        tasks.append(text())
+        tasks.append(text(options.validation))
     for task in tasks:
         task.steps, task.bfloat16 = options.steps or task.steps, options.bfloat16
-        chosen = compare(task, options.seeds, options.only)
+        task.rate = options.rate or task.rate
+        chosen = compare(task, options.seeds, options.only, options.results)
         if options.plot:
             word = task.name.split(",")[0].split()[0].lower()
             plot(task, chosen, options.plot.with_stem(f"{options.plot.stem}-{word}"))

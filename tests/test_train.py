@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -422,6 +423,52 @@ def test_shards_learn_what_a_whole_model_does(tmp_path, environment):
     assert [v for _, v in first["losses"]] == pytest.approx([v for _, v in alone["losses"]], rel=0.02)
     for name, tensor in first["weights"].items():
         torch.testing.assert_close(tensor, alone["weights"][name], rtol=1e-2, atol=2e-3)
+
+
+ON_CPU = """
+from accelerate import state
+from accelerate.utils import DistributedType
+made = state.AcceleratorState.__init__
+def shard_on_cpu(self, *arguments, fsdp_plugin=None, **named):
+    made(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+state.AcceleratorState.__init__ = shard_on_cpu
+"""
+"""accelerate reads an FSDP configuration on GPUs alone; torch's fully_shard itself runs on CPUs over gloo."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs, accelerate shards over them")
+def test_shards_on_two_processes_learn_and_resume(tmp_path, environment):
+    """The configuration that ships, read by accelerate's own launcher."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    asked = ["--config_file", str(fsdp2()), "--mixed_precision", "no", "run.py"]
+    found = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(asked))[0])
+    shards = {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    assert shards["FSDP_VERSION"] == "2"
+    options = {"steps": 6, "batch": 8, "learning_rate": 0.01, "optimizer": "sgd", "save_every": 3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, *command(tmp_path, one, tmp_path / "a", options)], env=environment, check=True)
+    options["batch"] = 4
+    script = command(tmp_path, two, tmp_path / "b", options)
+    sharded = "assert all(type(p).__name__ == 'DTensor' for p in model.parameters())"
+    Path(script[0]).write_text(f"{ON_CPU}\n{RUN}\n{sharded}", "utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
+    subprocess.run(launch, env=environment | shards, check=True)
+    alone, first, second = torch.load(one), torch.load(f"{two}.0"), torch.load(f"{two}.1")
+    assert same(first["weights"], second["weights"])
+    assert [v for _, v in first["losses"]] == pytest.approx([v for _, v in alone["losses"]], rel=0.02)
+    for name, tensor in first["weights"].items():
+        torch.testing.assert_close(tensor, alone["weights"][name], rtol=1e-2, atol=2e-3)
+    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    subprocess.run(launch, env=environment | shards, check=True)
+    again = torch.load(f"{two}.0")
+    assert same(again["weights"], first["weights"])
+    assert again["losses"] == first["losses"]
 
 
 def test_the_configuration_for_shards_is_one_that_accelerate_reads():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
-from dataclasses import dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,46 @@ from tersor.sparse.swat import SparseTraining, Sparsity, swat
 
 from .tasks import Task
 
+RAMP = 0.1
+"""Share of the steps over which ours lets weight sparsity grow: a longer one buys less than as many FLOPs in steps."""
+POINTS = 100
+"""Of a loss curve."""
+
 
 @dataclass
 class Method:
-    """How it is trained: SWAT's options, or a baseline; steps are those of the task unless FLOPs are to be equal."""
+    """How it is trained: SWAT's options, or a baseline; steps are those of the task unless FLOPs are to be equal.
+
+    `bfloat16` None: as the task. `runs` by seed.
+    """
 
     name: str
     words: dict[str, Any] | None = None
     baseline: str = ""
     share: float = 0.0
     equal: str = ""
-    bfloat16: bool = False
-    scores: list[float] = field(default_factory=list)
-    counted: list[float] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
+    bfloat16: bool | None = None
+    runs: dict[int, Run] = field(default_factory=dict)
 
 
-def methods() -> list[Method]:
+@dataclass(frozen=True)
+class Run:
+    """Score, FLOPs counted over all steps, and the loss in `POINTS` equal parts of them."""
+
+    score: float
+    counted: float
+    steps: int
+    losses: list[float]
+
+
+def methods(bfloat16: bool = False) -> list[Method]:
     """Dense, ours, and what it is held against; exact mode and the paper's recipe differ by ramp and exempt layers."""
-    found = [Method("dense"), Method("dense bfloat16", bfloat16=True)]
+    other = Method("dense float32", bfloat16=False) if bfloat16 else Method("dense bfloat16", bfloat16=True)
+    found = [Method("dense"), other]
     for s in (0.8, 0.9):
         both = {"weights": s, "activations": s}
         paper = {**both, "ramp": "none", "drop": "all", "exempt": ("first",)}
-        found.append(Method(f"ours, exact {s:.0%}", both))
+        found.append(Method(f"ours, exact {s:.0%}", {**both, "ramp_share": RAMP}))
         found.append(Method(f"paper's recipe {s:.0%}", paper))
         found.append(Method(f"paper's recipe {s:.0%} =", paper, equal=f"ours, exact {s:.0%}"))
         for baseline in ("prune", "SET", "RigL"):
@@ -56,8 +75,8 @@ def rate(done: int, steps: int) -> float:
     return min(1.0, 20 * (done + 1) / steps) * 0.5 * (1 + math.cos(math.pi * done / steps))
 
 
-def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[float, float, list[float]]:
-    """Score, counted FLOPs and losses; with a budget, as many steps as it pays for."""
+def run(task: Task, method: Method, seed: int, budget: float | None) -> Run:
+    """Train; with a budget of FLOPs, for as many steps as it pays for."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.model()
@@ -81,6 +100,7 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
             steps = round(budget / reduced)
         optimizer = torch.optim.Adam(model.parameters(), lr=task.rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate(done, steps))
+        bfloat16 = task.bfloat16 if method.bfloat16 is None else method.bfloat16
         masks, counted, losses = None, 0.0, []
         if method.baseline:
             grow = {"prune": None, "SET": "random", "RigL": "gradient"}[method.baseline]
@@ -90,7 +110,7 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
         with context as training:
             for step in range(steps):
                 x, y = task.batch(seed, step)
-                with torch.autocast("cpu", torch.bfloat16, enabled=method.bfloat16 or task.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     loss = task.loss(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -106,50 +126,93 @@ def run(task: Task, method: Method, seed: int, budget: float | None) -> tuple[fl
                     counted -= saved_work(training)
                     training.step()
                 losses.append(float(loss.detach()))
-        return task.score(model.eval(), seed), counted, losses
+        means = [float(part.mean()) for part in np.array_split(losses, min(POINTS, steps))]
+        return Run(task.score(model.eval(), seed), counted, steps, means)
 
 
-def compare(task: Task, seeds: int, only: list[str] | None) -> list[Method]:
-    from scipy.stats import t
-
-    dense, *others = [m for m in methods() if not (m.bfloat16 and task.bfloat16)]
-    chosen = [dense, *(m for m in others if only is None or any(word in m.name for word in only))]
-    made = {m.name: m for m in chosen}
-    unit = "%" if task.higher else "nats"
-    dtype = "bfloat16" if task.bfloat16 else "float32"
-    print(f"\n{task.name}: {task.steps} steps, {seeds} paired seeds, products in {dtype}\n")
-    print(f"| method | {unit} | − dense, mean [95 %] | counted FLOPs of dense |\n|---|---|---|---|", flush=True)
+def compare(task: Task, seeds: int, only: list[str] | None, results: Path | None) -> list[Method]:
+    """Train with every method and seed that `results` does not hold yet, and print the table."""
+    chosen = [m for m in methods(task.bfloat16) if m.name == "dense" or only is None or m.name in wanted(task, only)]
+    made, known = {m.name: m for m in chosen}, Results(results, task)
+    for seed in range(seeds):
+        for method in chosen:
+            budget = made[method.equal].runs[seed].counted if method.equal else None
+            method.runs[seed] = known.get(method, seed) or known.put(method, seed, run(task, method, seed, budget))
+    unit, dtype = "%" if task.higher else "nats", "bfloat16" if task.bfloat16 else "float32"
+    print(f"\n{task.name}: {task.steps} steps, rate {task.rate:g}, {seeds} paired seeds, products in {dtype}\n")
+    print(f"| method | steps | {unit} | − dense, mean [95 %] | counted FLOPs of dense |\n|---|---|---|---|---|")
     for method in chosen:
-        for seed in range(seeds):
-            budget = made[method.equal].counted[seed] if method.equal else None
-            score, counted, losses = run(task, method, seed, budget)
-            method.scores.append(score)
-            method.counted.append(counted)
-            method.losses.append(losses)
-        gaps = [a - b for a, b in zip(method.scores, dense.scores, strict=True)]
-        spread = ""
-        if seeds > 1:
-            spread = f" ± {t.ppf(0.975, seeds - 1) * statistics.stdev(gaps) / math.sqrt(seeds):.2f}"
-        share = statistics.mean(a / b for a, b in zip(method.counted, dense.counted, strict=True))
-        mean = statistics.mean(method.scores)
-        print(f"| {method.name} | {mean:.3g} | {statistics.mean(gaps):+.2f}{spread} | {share:.2f} |", flush=True)
+        mean, gap, spread, share = summary(method, chosen[0])
+        difference = f"{gap:+.2f}" + (f" ± {spread:.2f}" if seeds > 1 else "")
+        if not task.higher:
+            difference = f"{gap:+.3f}" + (f" ± {spread:.3f}" if seeds > 1 else "")
+        cells = [method.name, method.runs[0].steps, f"{mean:.2f}" if task.higher else f"{mean:.3f}"]
+        cells += ["" if method is chosen[0] else difference, f"{share:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     return chosen
 
 
+def wanted(task: Task, only: list[str]) -> set[str]:
+    """Names that hold one of the words, and of those that have another's FLOPs, that other."""
+    found = [m for m in methods(task.bfloat16) if any(word in m.name for word in only)]
+    return {m.name for m in found} | {m.equal for m in found}
+
+
+def summary(method: Method, dense: Method) -> tuple[float, float, float, float]:
+    """Mean score, mean difference from dense, half of its 95 % interval (Student's t), share of dense's FLOPs."""
+    from scipy.stats import t
+
+    gaps = [run.score - dense.runs[seed].score for seed, run in method.runs.items()]
+    count = len(gaps)
+    spread = t.ppf(0.975, count - 1) * statistics.stdev(gaps) / math.sqrt(count) if count > 1 else math.nan
+    share = statistics.mean(run.counted / dense.runs[seed].counted for seed, run in method.runs.items())
+    return statistics.mean(run.score for run in method.runs.values()), statistics.mean(gaps), spread, share
+
+
+class Results:
+    """Runs in a file of JSON lines: a run that lies there is not trained again."""
+
+    def __init__(self, path: Path | None, task: Task):
+        self.path, self.task = path, [task.name, task.steps, task.rate, task.bfloat16]
+        self.known: dict[tuple[str, int], Run] = {}
+        for line in path.read_text("utf-8").splitlines() if path is not None and path.is_file() else []:
+            entry = json.loads(line)
+            if entry["task"] == self.task:
+                self.known[entry["method"], entry["seed"]] = Run(**entry["run"])
+
+    def get(self, method: Method, seed: int) -> Run | None:
+        """The run, if there is one."""
+        return self.known.get((method.name, seed))
+
+    def put(self, method: Method, seed: int, found: Run) -> Run:
+        """Keep the run and return it."""
+        print(f"{self.task[0]}, {method.name}, seed {seed}: {found.score:.4g}", file=sys.stderr, flush=True)
+        if self.path is not None:
+            entry = {"task": self.task, "method": method.name, "seed": seed, "run": asdict(found)}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        return found
+
+
 def plot(task: Task, chosen: list[Method], path: Path) -> None:
-    """Loss over counted FLOPs, the mean of all seeds."""
+    """Loss over counted FLOPs, the mean of all seeds; scores against dense with their intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    whole = chosen[0].counted[0]
-    for method in chosen:
-        losses = np.mean(method.losses, axis=0) if len({len(x) for x in method.losses}) == 1 else method.losses[0]
-        smooth = np.convolve(losses, np.ones(25) / 25, "valid")
-        axes.plot(np.linspace(0, method.counted[0] / whole, len(smooth)), smooth, label=method.name, linewidth=1)
-    axes.set(title=task.name, xlabel="counted FLOPs of the dense run", ylabel="training loss", yscale="log")
-    axes.legend(fontsize=6)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
+    for number, method in enumerate(chosen):
+        _, gap, spread, share = summary(method, chosen[0])
+        losses = np.mean([run.losses for run in method.runs.values()], axis=0)
+        left.plot(np.linspace(0, share, len(losses) + 1)[1:], losses, label=method.name, linewidth=1)
+        if number:
+            interval = None if math.isnan(spread) else spread
+            right.errorbar(gap, -number, xerr=interval, fmt="o", markersize=4, capsize=2)
+    left.set(title=task.name, xlabel="counted FLOPs of the dense run", ylabel="training loss", yscale="log")
+    left.legend(fontsize=6)
+    right.axvline(0, color="#8896a5", linewidth=1)
+    right.set_yticks(range(-len(chosen) + 1, 0), [m.name for m in reversed(chosen[1:])], fontsize=7)
+    right.set(xlabel=f"{'points' if task.higher else 'nats a byte'} held out, minus dense")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)

@@ -31,12 +31,23 @@ class Task:
 
 
 def classifier(
-    name: str, x: torch.Tensor, y: torch.Tensor, test: int, steps: int, model: Callable[[], nn.Module], size: int = 64
+    name: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    test: int,
+    steps: int,
+    model: Callable[[], nn.Module],
+    validation: bool,
+    size: int = 64,
 ) -> Task:
-    """A task on images `x`; by seed, another `test` of them are kept back, unless they are the last ones."""
+    """A task on images `x`; by seed, another `test` of them are kept back.
+
+    Options are chosen with `validation`: as many of the others are kept back in their place, and none of those is read.
+    """
 
     def split(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        order = order[test:] if validation else order
         return order[test:], order[:test]
 
     def batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,15 +72,15 @@ def mlp(inputs: int) -> Callable[[], nn.Module]:
     )  # fmt: skip
 
 
-def digits() -> Task:
+def digits(validation: bool = False) -> Task:
     from sklearn.datasets import load_digits
 
     data = load_digits()
     x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
-    return classifier("digits", x, y, 450, 600, mlp(64))
+    return classifier("digits", x, y, 450, 600, mlp(64), validation)
 
 
-def mnist(folder: Path) -> Task:
+def mnist(folder: Path, validation: bool = False) -> Task:
     def idx(pattern: str) -> np.ndarray:
         path = next(folder.glob(pattern))
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -77,10 +88,11 @@ def mnist(folder: Path) -> Task:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
     x = torch.tensor(idx("t10k-images*").astype(np.float32) / 255)
-    return classifier("MNIST, 10,000 images", x, torch.tensor(idx("t10k-labels*")).long(), 2000, 1000, mlp(784))
+    y = torch.tensor(idx("t10k-labels*")).long()
+    return classifier("MNIST, 10,000 images", x, y, 2000, 1000, mlp(784), validation)
 
 
-def cifar(file: Path) -> Task:
+def cifar(file: Path, validation: bool = False) -> Task:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     with np.load(file) as data:
@@ -99,10 +111,10 @@ def cifar(file: Path) -> Task:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.net(images).logits
 
-    return classifier("CIFAR-10 subset (JPEG)", pixels, torch.tensor(y), 2000, 400, Net)
+    return classifier("CIFAR-10 subset (JPEG)", pixels, torch.tensor(y), 2000, 1600, Net, validation)
 
 
-def text(length: int = 128, rows: int = 16) -> Task:
+def text(validation: bool = False, length: int = 128, rows: int = 16) -> Task:
     from tersor import recipes
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,6 +126,8 @@ def text(length: int = 128, rows: int = 16) -> Task:
         return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long()
 
     train, held = read("calibration.jsonl"), read("heldout.jsonl")
+    if validation:
+        train, held = train[: len(train) * 9 // 10], train[len(train) * 9 // 10 :]
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -17,14 +17,17 @@ from torch.nn import functional
 
 @dataclass
 class Task:
-    """What is trained, by seed."""
+    """What is trained, by seed.
+
+    The rate is the one of 1, 2, 3, 5 and 10 thousandths at which dense training scores best under --validation.
+    """
 
     name: str
     steps: int
     model: Callable[[], nn.Module]
     batch: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
     score: Callable[[nn.Module, int], float]
-    rate: float = 1e-3
+    rate: float
     higher: bool = True
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = functional.cross_entropy
     bfloat16: bool = False
@@ -37,6 +40,7 @@ def classifier(
     test: int,
     steps: int,
     model: Callable[[], nn.Module],
+    rate: float,
     validation: bool,
     size: int = 64,
 ) -> Task:
@@ -62,7 +66,7 @@ def classifier(
         right = [(trained(x[part]).argmax(1) == y[part]).float().sum() for part in kept.split(500)]
         return 100 * float(sum(right)) / len(kept)
 
-    return Task(name, steps, model, batch, score)
+    return Task(name, steps, model, batch, score, rate)
 
 
 def mlp(inputs: int) -> Callable[[], nn.Module]:
@@ -77,7 +81,7 @@ def digits(validation: bool = False) -> Task:
 
     data = load_digits()
     x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
-    return classifier("digits", x, y, 450, 600, mlp(64), validation)
+    return classifier("digits", x, y, 450, 600, mlp(64), 5e-3, validation)
 
 
 def mnist(folder: Path, validation: bool = False) -> Task:
@@ -89,7 +93,7 @@ def mnist(folder: Path, validation: bool = False) -> Task:
 
     x = torch.tensor(idx("t10k-images*").astype(np.float32) / 255)
     y = torch.tensor(idx("t10k-labels*")).long()
-    return classifier("MNIST, 10,000 images", x, y, 2000, 1000, mlp(784), validation)
+    return classifier("MNIST, 10,000 images", x, y, 2000, 1000, mlp(784), 1e-2, validation)
 
 
 def cifar(file: Path, validation: bool = False) -> Task:
@@ -111,7 +115,7 @@ def cifar(file: Path, validation: bool = False) -> Task:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.net(images).logits
 
-    return classifier("CIFAR-10 subset (JPEG)", pixels, torch.tensor(y), 2000, 1600, Net, validation)
+    return classifier("CIFAR-10 subset (JPEG)", pixels, torch.tensor(y), 2000, 1600, Net, 3e-3, validation)
 
 
 def text(validation: bool = False, length: int = 128, rows: int = 16) -> Task:
@@ -159,4 +163,4 @@ def text(validation: bool = False, length: int = 128, rows: int = 16) -> Task:
         parts = [windows(held, part) for part in starts.split(64)]
         return statistics.mean(float(loss(model(ids), targets)) for ids, targets in parts)
 
-    return Task("text, nats a byte", 500, Net, batch, score, 1e-3, False, loss)  # at 3e-3 dense ends 0.39 higher
+    return Task("text, nats a byte", 300, Net, batch, score, 2e-3, False, loss)

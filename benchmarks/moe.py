@@ -30,6 +30,7 @@ checkpoint, dense and converted, both exported; times as fast as dense, by token
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
@@ -82,7 +83,10 @@ def windows(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """`count` calibration windows drawn by the seed, and three quarters as many held-out ones."""
     assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer(text.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    said = text.read_text("utf-8")
+    if text.suffix == ".jsonl":
+        said = "\n".join(json.loads(line)["text"] for line in said.splitlines())
+    ids = checkpoint.tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"]
     rows = np.array(ids[: len(ids) // length * length]).reshape(-1, length)
     edge = int(len(rows) * 0.6)
     drawn = np.random.default_rng(seed).permutation(edge)[:count]
@@ -301,8 +305,8 @@ def model(directory: Path | None, parts: int, active: int, threads: Sequence[int
 
 
 def named(reference: str) -> Path:
-    """A directory, or one in an installed package."""
-    return resolve_path(reference, None, "CHECKPOINT")
+    """A path, or one in an installed package."""
+    return resolve_path(reference, None, reference)
 
 
 def main() -> None:
@@ -310,7 +314,7 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind")
     one = kinds.add_parser("quality")
     one.add_argument("checkpoint", type=named, help="a directory, or package:NAME/FOLDER")
-    one.add_argument("text", type=Path)
+    one.add_argument("text", type=named, help="plain or .jsonl; a file, or package:NAME/FILE")
     one.add_argument("--experts", type=int, default=16)
     one.add_argument("--active", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     one.add_argument("--seeds", type=int, default=3)

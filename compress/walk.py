@@ -48,9 +48,12 @@ class _Probe(nn.Module):
         self.stream: torch.Tensor | None = None
         self.arguments = Arguments()
         self.replacement: torch.Tensor | None = None
+        self.last = False
 
     def forward(self, stream: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
         self.stream, self.arguments = stream, Arguments(positional, named)
+        if self.last:
+            raise _Enough
         return stream if self.replacement is None else self.replacement
 
 
@@ -90,7 +93,9 @@ class Walk:
     def start(self, **inputs: torch.Tensor) -> Start:
         """Run everything in front of the blocks on the model's inputs."""
         with self._probes() as probes:
-            self.model(**inputs, use_cache=False)
+            probes[-1].last = True  # what is behind the blocks, a large head above all, is not computed
+            with contextlib.suppress(_Enough):
+                self.model(**inputs, use_cache=False)
         first = probes[0].stream
         assert first is not None
         return Start(first, [p.arguments for p in probes])

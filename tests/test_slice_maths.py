@@ -41,9 +41,11 @@ def test_the_fit_in_batches_is_the_weighted_ridge_on_all_rows():
     rows = torch.cat([w.sqrt()[:, None] * a, penalty.sqrt() * torch.eye(5)])
     right = torch.cat([w.sqrt()[:, None] * (t - a @ start), torch.zeros(5, 2)])
     assert torch.allclose(found, start + torch.linalg.lstsq(rows, right).solution, atol=1e-9)
-    left = (w[:, None] * (t - a @ found) ** 2).sum() / (w[:, None] * t**2).sum()
-    assert fit.error(found) == pytest.approx(float(left), rel=1e-9)
-    assert fit.error(found) < fit.error(start)
+    before, left = (
+        float((w[:, None] * (t - a @ weight) ** 2).sum() / (w[:, None] * t**2).sum()) for weight in (start, found)
+    )
+    assert (fit.left_before, fit.left_after) == pytest.approx((before, left), rel=1e-9)
+    assert left < before
 
 
 def test_sums_are_whole_although_half_of_them_is_computed():

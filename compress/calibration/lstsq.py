@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 BLOCK = 128
-"""Columns of AᵀA that are summed at a time, each from its diagonal on: what lies below is a mirror image."""
+"""Columns of AᵀA that are summed at a time, each from its diagonal on: what lies below is a mirror image. Where
+columns are zero together, blocks are best what is zero together."""
 
 SPARSE = 0.5
 """Share of regressors that are not zero, below which the tokens where a block of columns is zero are passed over."""
@@ -25,11 +26,17 @@ class Regression:
         inp: number of regressors.
         out: number of targets.
         intercept: fit a constant too (it is not regularised).
+        block: columns that are summed at a time.
+
+    Attributes:
+        left_before: share of Σ w ‖t‖² that the weights given to `solve` left unexplained.
+        left_after: share that those it returned do.
     """
 
-    def __init__(self, inp: int, out: int, intercept: bool = False):
+    def __init__(self, inp: int, out: int, intercept: bool = False, block: int = BLOCK):
         size = inp + intercept
-        self.intercept = intercept
+        self.intercept, self.block = intercept, block
+        self.left_before = self.left_after = 1.0
         self._sums = torch.zeros(size, size, dtype=torch.float64)
         self.cross = torch.zeros(size, out, dtype=torch.float64)
         self.square = 0.0
@@ -38,8 +45,8 @@ class Regression:
     @property
     def gram(self) -> torch.Tensor:
         """AᵀA, float64 `[inp, inp]`."""
-        for start in range(0, len(self._sums), BLOCK):
-            stop = start + BLOCK
+        for start in range(0, len(self._sums), self.block):
+            stop = start + self.block
             self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
         return self._sums
 
@@ -52,8 +59,9 @@ class Regression:
         if a.count_nonzero() < SPARSE * a.numel():
             self._add_used(a, weighted, t)
         else:
-            for start in range(0, a.shape[1], BLOCK):
-                self._sums[start : start + BLOCK, start:] += a[:, start : start + BLOCK].T @ weighted[:, start:]
+            for start in range(0, a.shape[1], self.block):
+                stop = start + self.block
+                self._sums[start:stop, start:] += a[:, start:stop].T @ weighted[:, start:]
             self.cross += weighted.T @ t
         square = t.pow(2).sum(1)
         self.square += float(square.sum() if weight is None else square @ weight.double())
@@ -61,13 +69,12 @@ class Regression:
 
     def _add_used(self, a: torch.Tensor, weighted: torch.Tensor, t: torch.Tensor) -> None:
         """The same sums, each block of columns on the tokens where it is not zero (experts: where one was chosen)."""
-        for start in range(0, a.shape[1], BLOCK):
-            block = a[:, start : start + BLOCK]
-            used = block.any(1).nonzero()[:, 0]
-            block = block[used].T
-            self._sums[start : start + BLOCK, start:] += block @ weighted[used, start:]
-            weights = weighted[used, start : start + BLOCK].T
-            self.cross[start : start + BLOCK] += weights @ t[used]
+        for start in range(0, a.shape[1], self.block):
+            stop = start + self.block
+            used = a[:, start:stop].any(1).nonzero()[:, 0]
+            rows = weighted[used, start:]
+            self._sums[start:stop, start:] += a[used, start:stop].T @ rows
+            self.cross[start:stop] += rows[:, : self.block].T @ t[used]
 
     def start(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight [inp, out]` with a zero constant where one is fitted; float64."""
@@ -86,21 +93,19 @@ class Regression:
         """
         before = self.start(weight)
         gram = self.gram
-        right = self.cross - gram @ before
+        explained = gram @ before
+        right = self.cross - explained
         diagonal = gram.diagonal()
-        sums = diagonal.clone()
-        diagonal[: len(before) - self.intercept] += ridge * float(sums.mean())  # in place: wide fits are large
-        after = before + symmetric_solve(gram, right)
+        sums, pull = diagonal.clone(), ridge * float(diagonal.mean())
+        penalised = len(before) - self.intercept
+        diagonal[:penalised] += pull  # in place: wide fits are large
+        change = symmetric_solve(gram, right)
         diagonal.copy_(sums)
+        after = before + change
+        left = self.square - 2 * float((before * self.cross).sum()) + float((before * explained).sum())
+        gained = float((change * right).sum()) + pull * float(change[:penalised].square().sum())  # AᵀA Δ = right − λΔ
+        self.left_before, self.left_after = (max(e, 0.0) / max(self.square, 1e-300) for e in (left, left - gained))
         return (after[:-1], after[-1]) if self.intercept else (after, None)
-
-    def error(self, weight: torch.Tensor, constant: torch.Tensor | None = None) -> float:
-        """Share of Σ w ‖t‖² that `weight` leaves unexplained."""
-        full = self.start(weight)
-        if constant is not None:
-            full[-1] = constant.double()
-        left = self.square - 2 * float((full * self.cross).sum()) + float((full * (self.gram @ full)).sum())
-        return max(left, 0.0) / max(self.square, 1e-300)
 
 
 def symmetric_solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,8 @@ from .distill import distilled
 from .partition import PARTITIONS
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
+NARROW = 64
+"""Columns of the refit that are summed at a time at least, however small a part is."""
 CHECKED = 8192
 """Tokens on which the scale of a router is chosen."""
 
@@ -190,12 +192,12 @@ def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge
     """The block with its down projections solved for `wanted`, the streams behind it, a batch each."""
     ffn = block.ffn
     shift = torch.zeros(len(ffn.down)) if ffn.shift is None else ffn.shift
-    fit = Regression(ffn.down.shape[1], ffn.down.shape[0], intercept=ffn.shift is not None)
+    width, hidden = ffn.down.shape[1], ffn.down.shape[0]
+    fit = Regression(width, hidden, intercept=ffn.shift is not None, block=max(block.cut.part, NARROW))
     for stream, target, batch, (x, h) in zip(tokens.before, wanted, tokens.data, tokens, strict=True):
         fit.add(block.masked(x, h), batch.tokens(target - stream) / ffn.scale - shift)
-    start = ffn.down.T.double()
-    found, constant = fit.solve(start, ridge)
-    block.details.update(left_before=fit.error(start), left_after=fit.error(found, constant))
+    found, constant = fit.solve(ffn.down.T, ridge)
+    block.details.update(left_before=fit.left_before, left_after=fit.left_after)
     moved_to = None if constant is None else (shift + constant).float()
     return replace(block, ffn=replace(ffn, down=found.T.float(), shift=moved_to))
 

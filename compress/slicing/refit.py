@@ -120,7 +120,7 @@ class Refit:
 
     def _take_reads(self, modules: Sequence[str], fit: Regression) -> None:
         found, constant = fit.solve(self.start(), self.ridge)
-        self._note(modules[0], fit, self.start(), found, constant)
+        self._note(modules[0], fit)
         for module in modules:
             name = f"{module}.weight"
             source, dims = self.sources[name], self.layout.tensors[name].dims
@@ -154,7 +154,7 @@ class Refit:
             inner = torch.cat([batch.tokens(inner[m]) for m in modules], dim=-1).double()
             fit.add(inner, batch.tokens(target) / scale - constant, batch.tokens(weight[..., None])[:, 0])
         found, change = fit.solve(before, self.ridge)
-        self._note(modules[0], fit, before, found, change)
+        self._note(modules[0], fit)
         if change is not None:
             name = f"{biased[0]}.bias"
             self._put(name, self._get(name).double() + change)
@@ -244,8 +244,8 @@ class Refit:
     def _put(self, name: str, value: torch.Tensor) -> None:
         self._get(name).copy_(value)
 
-    def _note(self, module: str, fit: Regression, before: torch.Tensor, after: torch.Tensor, constant: Any) -> None:
-        self.details.append({"fit": module, "left_before": fit.error(before), "left_after": fit.error(after, constant)})
+    def _note(self, module: str, fit: Regression) -> None:
+        self.details.append({"fit": module, "left_before": fit.left_before, "left_after": fit.left_after})
 
 
 def _weight(target: torch.Tensor) -> torch.Tensor:

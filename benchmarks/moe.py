@@ -21,6 +21,7 @@ its scoring.
                     where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`);
                     with --recover, so many steps of training from end to end behind the distilled one (redrawn
                     text, rate 2e-3), and the processor seconds of both
+    MLP router      ours with the refit and MoEfication's router: what a linear one gives up
     oracle          ours with the refit and a router that knows the importances
 
 Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
@@ -65,6 +66,7 @@ METHODS = {  # name → (method, share of the active parts that is shared)
     "LLaMA-MoE": (Method("random", "ridge", refit=False), 0.0),
     "MoEfication": (Method("kmeans", "mlp", refit=False), 0.0),
     "CMoE": (Method("activation-rate", "analytic", refit=False), 0.5),
+    "MLP router": (Method(router="mlp"), 0.25),
     "oracle": (Method(router="oracle"), 0.25),
 }
 OURS = {

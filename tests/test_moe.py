@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tersor.compress.checkpoint import Checkpoint
-from tersor.compress.errors import PreflightError, RecipeError
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 
@@ -33,7 +32,7 @@ def dense(tiny):
     return lambda name, variant="", **config: tiny(name, "text-generation", variant=variant, **config)
 
 
-# --- exactness --------------------------------------------------------------------------------------------------
+# --- exactness --------------------------------------------------------------------------------------------------------
 
 CASES = [  # source, variant, config, options, class
     ("llama", "", {}, {"target": "qwen2_moe"}, "qwen2_moe"),
@@ -134,7 +133,7 @@ def test_the_shipped_router_with_every_expert_is_nearly_dense(dense, source):
     assert (output(checkpoint, top_k=details["experts"] - 1) - before).abs().max() > 1e-2
 
 
-# --- the router in its class --------------------------------------------------------------------------------------
+# --- the router in its class ------------------------------------------------------------------------------------------
 
 
 def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -171,35 +170,18 @@ def test_too_small_a_scale_loses_choices(dense):
     assert kept(router, 2.0**-22, x, 4, "softmax", torch.float32) < 0.95
 
 
-# --- what helps ---------------------------------------------------------------------------------------------------
+def test_the_load_counts_what_is_chosen(dense):
+    from tersor.compress.calibration.batches import batches
+    from tersor.compress.moe.routing import loads
+
+    checkpoint = dense("llama")
+    converted(checkpoint, active=2)
+    shares = loads(checkpoint.model(), checkpoint.layout, batches(samples(5) + samples(3, 9), checkpoint.layout))
+    assert [sum(block) for block in shares] == pytest.approx([checkpoint.config.num_experts_per_tok] * 2)
+    assert max(max(block) for block in shares) > min(min(block) for block in shares)
 
 
-def planted(checkpoint: Checkpoint, experts: int) -> Checkpoint:
-    """FFNs whose units are large together by group, in a scrambled order."""
-    generator = torch.Generator().manual_seed(4)
-    for name, tensor in list(checkpoint.tensors.items()):
-        if name.endswith("gate_proj.weight"):
-            group = torch.randperm(len(tensor), generator=generator) % experts
-            centres = 3 * torch.randn(experts, tensor.shape[1], generator=generator) / tensor.shape[1] ** 0.5
-            checkpoint.tensors[name] = centres[group] + 0.1 * tensor
-    return checkpoint
-
-
-def loss(checkpoint: Checkpoint, wanted: torch.Tensor) -> float:
-    return float((output(checkpoint) - wanted).square().mean())
-
-
-def test_each_part_of_the_method_helps(dense):
-    def made(**options) -> float:
-        checkpoint = planted(dense("llama", intermediate_size=128), 8)
-        wanted = output(checkpoint)
-        converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
-        return loss(checkpoint, wanted)
-
-    ours, plain = made(), made(refit=False)
-    assert ours < plain < made(refit=False, partition="random")
-    assert plain < made(refit=False, router="centre") * 1.5
-    assert ours < 0.8 * made(partition="random")
+# --- what is stored ---------------------------------------------------------------------------------------------------
 
 
 def test_the_same_recipe_gives_the_same_bytes(dense):
@@ -217,59 +199,6 @@ def test_bfloat16_stays_bfloat16(dense):
     output(checkpoint)
 
 
-def test_promises_hold_and_are_missed(dense):
-    checkpoint = dense("llama")
-    details = json.loads(json.dumps(converted(checkpoint)))
-    check = Moe(4, 2).checks(details)[0]
-    assert check.holds(checkpoint.config, checkpoint.tensors) is None
-    checkpoint.config.num_experts_per_tok = 3
-    assert "active is 3, not 1" in str(check.holds(checkpoint.config, checkpoint.tensors))
-
-
-# --- partition ------------------------------------------------------------------------------------------------------
-
-
-def test_balanced_groups_are_nearly_the_best(tiny):
-    from tersor.compress.moe.assignment import balanced
-
-    scipy = pytest.importorskip("scipy.optimize")
-    cost = torch.rand(96, 8, generator=torch.Generator().manual_seed(1)).double()
-    start = torch.arange(96) % 8
-    found = balanced(cost)
-    assert found.bincount().tolist() == [12] * 8
-    rows, columns = scipy.linear_sum_assignment(cost.repeat_interleave(12, dim=1).numpy())
-    best = float(cost.repeat_interleave(12, dim=1)[rows, columns].sum())
-    reached = float(cost.gather(1, found[:, None]).sum())
-    assert best <= reached <= 1.02 * best
-    assert float(cost.gather(1, start[:, None]).sum()) > 2 * best
-
-
-@pytest.mark.parametrize(("size", "count"), [(96, 8), (63, 7), (40, 2)])
-def test_no_two_groups_gain_by_an_exchange(size, count):
-    from tersor.compress.moe.assignment import balanced
-
-    cost = -torch.rand(size, count, generator=torch.Generator().manual_seed(2)).double()
-
-    def gain(groups: torch.Tensor) -> float:
-        """The most that swapping one member each wins for any two groups."""
-        own = cost.gather(1, groups[:, None])
-        change = cost[:, groups] - own  # member i where member j is
-        return -float((change + change.T).min())
-
-    assert gain(balanced(cost)) < 1e-12
-    assert gain(torch.arange(size) % count) > 0.1
-
-
-def test_everyone_meets_everyone_once():
-    from tersor.compress.moe.assignment import tournament
-
-    for count in (2, 5, 8):
-        rounds = tournament(count)
-        assert all(len(set(r.flatten().tolist())) == r.numel() for r in rounds)
-        met = sorted(tuple(sorted(pair)) for r in rounds for pair in r.tolist())
-        assert met == [(a, b) for a in range(count) for b in range(a + 1, count)]
-
-
 def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path):
     from dataclasses import replace
 
@@ -284,219 +213,3 @@ def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path)
     assert all(torch.equal(whole.tensors[name], lean.tensors[name]) for name in whole.tensors)
     kept = {path.name.removesuffix(".safetensors") for path in (tmp_path / "state/weights").iterdir()}
     assert kept == {name for name in lean.tensors if ".mlp." in name}
-
-
-def test_zeros_that_are_passed_over_change_no_sum(monkeypatch):
-    from tersor.compress.calibration import lstsq
-
-    generator = torch.Generator().manual_seed(0)
-    chosen = (torch.rand(300, 5, generator=generator) < 0.3).repeat_interleave(60, dim=1)
-    a, t = torch.randn(300, 300, generator=generator) * chosen, torch.randn(300, 7, generator=generator)
-    weight, target = torch.rand(300, generator=generator), torch.randn(300, 7, generator=generator)
-
-    def sums(share: float, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        monkeypatch.setattr(lstsq, "SPARSE", share)
-        fit = lstsq.Regression(300, 7, intercept=True)
-        fit.add(a, targets, weight)
-        return fit.gram.clone(), fit.cross
-
-    (gram, cross), (dense_gram, dense_cross) = sums(1.0, t), sums(0.0, t)
-    assert torch.allclose(gram, dense_gram, rtol=0, atol=1e-12 * float(dense_gram.abs().max()))
-    assert torch.allclose(cross, dense_cross, rtol=0, atol=1e-12 * float(dense_cross.abs().max()))
-    assert not torch.allclose(sums(1.0, target)[1], cross)
-
-
-def test_co_activation_finds_planted_groups(dense):
-    from tersor.compress.calibration.batches import batches
-    from tersor.compress.calibration.side import Side
-    from tersor.compress.moe.activations import Ffn, Tokens, before_ffn
-    from tersor.compress.moe.cut import Cut
-    from tersor.compress.moe.partition import PARTITIONS
-
-    checkpoint = planted(dense("llama", intermediate_size=128), 8)
-    data = batches(samples(40), checkpoint.layout)
-    with torch.no_grad():
-        side = Side.at_start(checkpoint.model(), checkpoint.layout, data)
-        tokens = Tokens(Ffn.of(side.walk, 0), before_ffn(side, 0), data)
-        gate = tokens.ffn.gate
-
-        def alike(name: str) -> float:
-            order = PARTITIONS[name](tokens, Cut(128, 8, 2, 0), 0)
-            rows = torch.nn.functional.normalize(gate[order], dim=1).reshape(8, 16, -1)
-            return float((rows @ rows.mT).mean())
-
-        assert sorted(PARTITIONS["co-activation"](tokens, Cut(128, 8, 4, 2), 0).tolist()) == list(range(128))
-        assert alike("co-activation") > 0.8 * alike("kmeans")
-        assert alike("random") < 0.5 * alike("kmeans")
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("source", "config", "options", "said"),
-    [
-        ("llama", {}, {"experts": 5}, r"5 for an FFN of 64 units, expected a divisor of 64. Near by: 2, 4, 8"),
-        ("llama", {}, {"active": 5}, "5 of 4 experts"),
-        ("llama", {}, {"shared": 2}, "2 of 2 active experts"),
-        ("qwen2_moe", {}, {}, "a mixture of experts already"),
-        ("gpt2", {}, {"target": "mixtral"}, "whose FFN has no gate"),
-        ("phi", {}, {}, "whose FFN cannot be cut"),
-        ("llama", {"mlp_bias": True}, {}, "an FFN without biases"),
-        ("qwen3", {}, {"target": "qwen2_moe"}, "qwen2_moe has no place for model.layers.0.self_attn"),
-        ("llama", {}, {"target": "mixtral", "shared": 1}, "mixtral has no place for 1 shared experts"),
-        ("mistral", {"sliding_window": 4}, {"target": "glm4_moe", "shared": 1}, "no place for attention windows of 4"),
-        ("granite", {}, {"target": "qwen2_moe"}, "multipliers"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_weights_are_read(dense, source, config, options, said):
-    layout = dense(source, **config).layout
-    with pytest.raises(RecipeError, match=said):
-        Moe(**{"experts": 4, "active": 2, **options}).requires(layout)
-
-
-def test_a_dead_expert_is_refused(dense):
-    checkpoint = dense("llama")
-    for name in list(checkpoint.tensors):
-        if name.endswith("up_proj.weight"):
-            checkpoint.tensors[name] = checkpoint.tensors[name].clone()
-            checkpoint.tensors[name][2:] = 0
-    with pytest.raises(PreflightError, match=r"block 0: found experts \[.*\] that no calibration token chooses"):
-        converted(checkpoint, experts=32, active=1, shared=0)
-
-
-def test_the_plan_is_what_comes_out(dense):
-    checkpoint = dense("llama", intermediate_size=60)
-    forecast = Moe(experts=4, active=3).requires(checkpoint.layout)
-    assert forecast.notes[-1] == "a token uses 45 of 60 FFN units (75%)"
-    converted(checkpoint, active=3)
-    assert checkpoint.layout.parameters == forecast.layout.parameters
-
-
-# --- what it says of itself -----------------------------------------------------------------------------------------
-
-
-def test_the_details_say_what_each_number_of_experts_costs(dense):
-    checkpoint = planted(dense("llama", intermediate_size=128), 8)
-    details = converted(checkpoint, samples(100, 32), experts=8, active=4, compare=True)
-    loss, curve = details["loss"], details["loss_by_k"]
-    assert loss.keys() == {"dense", "oracle", "pruned", "experts"}
-    assert [point["k"] for point in curve] == list(range(1, details["experts"] + 1))
-    own = next(point for point in curve if point["k"] == details["active"])
-    assert own["loss"] == pytest.approx(loss["experts"])
-    assert own["active_share"] == 0.5
-    assert all(len(layer) == details["experts"] for layer in details["load"])
-    assert sum(details["load"][0].values()) == pytest.approx(details["active"])
-    json.dumps(details)
-
-
-def test_where_pruning_is_as_good_the_details_say_so(dense):
-    """Random experts of an FFN whose units are all alike win nothing over units that are always there."""
-    checkpoint = dense("llama", intermediate_size=128)
-    details = converted(checkpoint, samples(60, 32), experts=8, active=6, shared=0, partition="random", compare=True)
-    said = [line for line in details["warnings"] if "use `slice` on ffn" in line]
-    assert bool(said) == (details["loss"]["pruned"] <= details["loss"]["experts"])
-    assert said
-
-
-def test_a_trial_is_the_loss_of_the_stored_class(dense):
-    from tersor.compress.calibration.batches import batches
-    from tersor.compress.calibration.loss import judge
-    from tersor.compress.calibration.side import Side
-    from tersor.compress.moe.convert import Method, convert
-    from tersor.compress.moe.cut import Cut
-    from tersor.compress.moe.trial import Trial
-
-    checkpoint = dense("granite")
-    layout, model = checkpoint.layout, checkpoint.model()
-    data, judged = batches(samples(), layout), batches(samples(8, 20, seed=3), layout)
-    with torch.no_grad():
-        side = Side.at_start(model, layout, data)
-    method = Method(weights="softmax of chosen")
-    simulated = Trial(model, layout, judged).follow(
-        convert(side, layout, Cut(64, 4, 2, 1), method, data, 0, lambda items, _: items)
-    )
-    converted(checkpoint)
-    stored = judge(checkpoint.model(), None, checkpoint.layout, judged)
-    assert simulated == pytest.approx(stored, rel=1e-5)
-    assert abs(judge(model, None, layout, judged) - stored) > 1e-3
-
-
-@pytest.mark.slow
-def test_the_recipe_runs(tmp_path):
-    from tersor.compress.recipe import load_recipe
-    from tersor.compress.run import How, apply
-
-    recipe = load_recipe("moe", ["data.calibration.samples=12", "data.heldout.samples=6", "data.calibration.length=64"])
-    outcome = apply(recipe, How(output=tmp_path / "run", offline=True, threads=1, enforce=False))
-    assert json.loads((tmp_path / "run/model/config.json").read_text("utf-8"))["model_type"] == "qwen2_moe"
-    assert "loss by k" in (tmp_path / "run/report.html").read_text("utf-8")
-    assert outcome.metrics["checkpoint"]["perplexity"] > outcome.metrics["original"]["perplexity"]
-
-
-def test_distillation_helps_and_no_steps_change_nothing(dense):
-    def made(**options) -> tuple[float, float, Checkpoint]:
-        checkpoint = planted(dense("llama", intermediate_size=128), 8)
-        wanted = output(checkpoint)
-        details = converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
-        return sum(details["fit_per_layer"]["left after"]), loss(checkpoint, wanted), checkpoint
-
-    (left, plain, one), (_, zero, other) = made(), made(distill_steps=0)
-    assert zero == plain
-    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    less, better, third = made(distill_steps=150)
-    assert less < 0.96 * left
-    assert better < plain
-    router = "model.layers.0.mlp.gate.weight"
-    direction = torch.nn.functional.cosine_similarity(one.tensors[router], third.tensors[router], dim=1)
-    assert direction.max() < 0.9999
-    assert direction.min() > 0.5
-
-
-def test_the_gradient_of_a_choice_is_that_of_its_edge():
-    from tersor.compress.moe.distill import straight_through
-
-    logits = torch.tensor([[3.0, 0.6, 0.4, -3.0]], requires_grad=True)
-    gates = straight_through(logits, 2)
-    assert gates.detach().round(decimals=6).tolist() == [[1, 1, 0, 0]]
-    (gates @ torch.tensor([1.0, 1.0, 1.0, 1.0])).sum().backward()
-    sure, near, almost, never = logits.grad[0].tolist()
-    assert near == pytest.approx(almost)
-    assert near > 100 * sure
-    assert near > 100 * never
-
-
-def test_distillation_without_a_refit_is_refused(dense):
-    with pytest.raises(RecipeError, match="distill_steps"):
-        Moe(4, 2, refit=False, distill_steps=10).requires(dense("llama").layout)
-
-
-def test_recover_trains_router_and_experts_in_the_stock_class(dense):
-    """From end to end: the result is nearer to the dense model, its router still tiny, and the load is told."""
-    from tersor.compress.passes.recover import Recover
-
-    original = planted(dense("llama", intermediate_size=128), 8)
-    wanted, text = output(original), samples(640, 32)
-    checkpoint = Checkpoint(original.layout, dict(original.tensors))
-    details = converted(checkpoint, text, experts=8, active=2)
-    router = "model.layers.0.mlp.gate.weight"
-    before, moved = loss(checkpoint, wanted), checkpoint.tensors[router].clone()
-    context = Context(text, original=original)
-    Recover(steps=40, batch=16, learning_rate=1e-3).apply(checkpoint, context)
-    assert loss(checkpoint, wanted) < 0.95 * before
-    assert not torch.equal(checkpoint.tensors[router], moved)
-    assert checkpoint.tensors[router].abs().max() < 4 * moved.abs().max()
-    load = context.details["load_per_layer"]
-    assert load.keys() == {f"{name} {when}" for name in ("busiest", "idlest") for when in ("before", "after")}
-    assert load["busiest before"] == pytest.approx(details["load_per_layer"]["busiest"], abs=0.1)
-
-
-def test_the_load_counts_what_is_chosen(dense):
-    from tersor.compress.calibration.batches import batches
-    from tersor.compress.moe.routing import loads
-
-    checkpoint = dense("llama")
-    converted(checkpoint, active=2)
-    shares = loads(checkpoint.model(), checkpoint.layout, batches(samples(5) + samples(3, 9), checkpoint.layout))
-    assert [sum(block) for block in shares] == pytest.approx([checkpoint.config.num_experts_per_tok] * 2)
-    assert max(max(block) for block in shares) > min(min(block) for block in shares)

@@ -57,6 +57,25 @@ def test_sums_are_whole_although_half_of_them_is_computed():
     assert torch.allclose(fit.gram, a.T @ (w[:, None] * a), atol=1e-10)
 
 
+def test_zeros_that_are_passed_over_change_no_sum(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    chosen = (torch.rand(300, 5, generator=generator) < 0.3).repeat_interleave(60, dim=1)
+    a, t = torch.randn(300, 300, generator=generator) * chosen, torch.randn(300, 7, generator=generator)
+    weight, target = torch.rand(300, generator=generator), torch.randn(300, 7, generator=generator)
+
+    def sums(share: float, targets: torch.Tensor, block: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr("tersor.compress.calibration.lstsq.SPARSE", share)
+        fit = Regression(300, 7, intercept=True, block=block)
+        fit.add(a, targets, weight)
+        return fit.gram.clone(), fit.cross
+
+    (gram, cross), (dense_gram, dense_cross) = sums(1.0, t), sums(0.0, t)
+    assert torch.allclose(gram, dense_gram, rtol=0, atol=1e-12 * float(dense_gram.abs().max()))
+    assert torch.allclose(cross, dense_cross, rtol=0, atol=1e-12 * float(dense_cross.abs().max()))
+    assert torch.allclose(sums(1.0, t, block=128)[0], gram)
+    assert not torch.allclose(sums(1.0, target)[1], cross)
+
+
 def test_outputs_are_drawn_as_the_model_says():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(1, 40_000, 4).clone()
     entropy = float(torch.distributions.Categorical(logits=logits[0, 0]).entropy())

@@ -188,6 +188,17 @@ def test_a_walk_that_skips_a_block_differs(checkpoint):
     assert difference(expected, found) > OTHER
 
 
+def test_a_walk_starts_without_the_head(tiny):
+    checkpoint, calls = tiny("llama", "text-generation"), []
+    model, inputs = checkpoint.model(), inputs_of(checkpoint.layout)
+    model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    walk = Walk(model, checkpoint.layout)
+    start = walk.start(**inputs)
+    assert not calls
+    walk.finish(start.stream, **inputs)
+    assert calls
+
+
 # --- axes -------------------------------------------------------------------------------------------------------
 
 # Positions inside a head pair up under rotary embeddings; ids, positions and labels mean something by their number.

@@ -13,6 +13,7 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
+from tersor.compress.slicing import kept
 
 
 def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
@@ -213,3 +214,40 @@ def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path)
     assert all(torch.equal(whole.tensors[name], lean.tensors[name]) for name in whole.tensors)
     kept = {path.name.removesuffix(".safetensors") for path in (tmp_path / "state/weights").iterdir()}
     assert kept == {name for name in lean.tensors if ".mlp." in name}
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_killed_conversion_goes_on_with_its_block(dense, tmp_path, monkeypatch, lean, refit):
+    monkeypatch.setattr(kept, "EVERY", 0.0)
+    dense("llama", num_hidden_layers=4).save(tmp_path / "dense")
+    converting = Moe(experts=4, active=2, compare=False, refit=refit)
+    blocks: list[int] = []
+
+    def killed(items, label):
+        for number in items:
+            if number == 2:
+                raise KeyboardInterrupt
+            yield number
+
+    def watched(items, label):
+        for number in items:
+            blocks.append(number)
+            yield number
+
+    def made(name: str, track) -> tuple[Checkpoint, dict]:
+        checkpoint = Checkpoint.load(tmp_path / "dense", lean=lean)
+        context = Context(samples(), folder=tmp_path / name, track=track)
+        converting.apply(checkpoint, context)
+        return checkpoint, json.loads(json.dumps(context.details))
+
+    with pytest.raises(KeyboardInterrupt):
+        made("killed", killed)
+    resumed, details = made("killed", watched)
+    assert blocks == [2, 3]
+    blocks.clear()
+    whole, wanted = made("whole", watched)
+    assert blocks == [0, 1, 2, 3]
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+    assert {**details, "seconds": 0} == {**wanted, "seconds": 0}

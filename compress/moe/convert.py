@@ -29,6 +29,7 @@ from .block import Block
 from .cut import Cut
 from .distill import distilled
 from .partition import PARTITIONS
+from .progress import Progress
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 NARROW = 64
@@ -69,6 +70,7 @@ def convert(
     seed: int,
     track: Track,
     label: str = "experts",
+    progress: Progress | None = None,
 ) -> Iterator[Block]:
     """Convert block by block; the model behind `side` stays as it is.
 
@@ -81,15 +83,21 @@ def convert(
         seed: of the partition.
         track: progress.
         label: of the progress bar.
+        progress: where an earlier conversion stood, and this one will; only blocks behind that are converted. It is
+            told of a block when the next one is asked for, so whoever iterates adds a block's tensors before.
     """
     allotments: list[dynamic.Allotment] = []
     if cut.most:
         with torch.no_grad():
             allotments = dynamic.allotted(side.fork(), cut, method.partition, data, seed)
     small = side.fork() if method.refit else side
-    for number in track(range(layout.depth), label):
+    sides = [side] if small is side else [side, small]
+    first = progress.resume(sides) if progress else 0
+    for number in track(range(first, layout.depth), label):
         with torch.no_grad():
             yield _block(side, small, number, cut, method, data, seed, allotments[number] if allotments else None)
+        if progress:
+            progress.block_done(number, sides)
 
 
 def _block(

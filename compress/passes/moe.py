@@ -10,7 +10,7 @@ projections are solved again under the routing, block by block, against the dens
 many experts as are worth it, under one budget (`dynamic`, moe/dynamic.py).
 
 The number of parameters stays (but for the router and padding to widths that transformers' kernels take): what falls
-is the work for a token.
+is the work for a token. A killed conversion goes on with the block it was at (moe/progress.py).
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from ..moe.activations import HELD, ffn_branch
 from ..moe.block import Block
 from ..moe.convert import Method, convert
 from ..moe.cut import Cut
+from ..moe.progress import Progress
 from ..moe.router import KEPT
 from ..moe.targets import Target, ffn_names, find_target, restated, stored
 from ..moe.trial import bounds, by_count, by_threshold
 from ..pass_ import STRICT, Context, Forecast, Pass
 from ..plan import lean_weight
+from ..slicing.kept import Kept
 from .slice import too_few_tokens
 
 Count = Annotated[int, Field(gt=0)]
@@ -115,7 +117,8 @@ class Moe(Pass):
             notes.append("no stock class has experts without a gate: tersor opens it, its ONNX export runs anywhere")
         work = working_memory(layout, self.refit)
         memory = 4 * layout.parameters + 4 * after.parameters + work
-        return Forecast(after, memory, tuple(notes), disk=after.bytes, lean=work + 2 * lean_weight(layout))
+        disk = after.bytes + 2 * 2 * streams(layout)  # of both models, in two turns
+        return Forecast(after, memory, tuple(notes), disk=disk, lean=work + 2 * lean_weight(layout))
 
     def apply(self, checkpoint: Checkpoint, context: Context) -> None:
         """Convert block by block."""
@@ -131,20 +134,18 @@ class Moe(Pass):
             after.arch.experts.weights,
             checkpoint.dtype,
         )
-        store = Store(checkpoint.dtype, weights_folder(context) if checkpoint.lean else None)
-        tensors = {name: t for name, t in checkpoint.tensors.items() if name not in ffn_names(layout)}
+        progress = Progress(Store(checkpoint.dtype, weights_folder(context)), Kept(context.folder))
         model = checkpoint.model()
         with torch.no_grad():
             side = Side.at_start(model, layout, fitted)
-        blocks = []
-        for number, block in enumerate(convert(side, layout, cut, method, fitted, context.seed, context.track)):
+        for block in convert(side, layout, cut, method, fitted, context.seed, context.track, progress=progress):
+            number = len(progress.details)
             if not cut.most:
                 alive(block, number)
-            made = stored(block, after, target, number)
-            tensors |= {name: store.put(name, tensor) for name, tensor in made.items()}
+            progress.add(stored(block, after, target, number), block.details)
             if checkpoint.lean:
                 trim()
-            blocks.append(block.details)
+        blocks = progress.details
         converted = time.perf_counter()
         losses = {}
         if judged and cut.chosen < cut.routed:
@@ -152,7 +153,8 @@ class Moe(Pass):
             losses |= bounds(model, layout, cut, method, fitted, judged, context.seed, context.track)
         original = None if layout.task == "text-generation" else model  # text judges a language model, not its like
         del model, side
-        checkpoint.become(after, tensors)
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in ffn_names(layout)}
+        checkpoint.become(after, kept | progress.tensors)
         if losses:
             self._compare(checkpoint, original, cut, target, judged, losses, context)
         context.details.update(
@@ -264,14 +266,19 @@ class Moe(Pass):
 def working_memory(layout: Layout, refit: bool) -> int:
     """Bytes beside the weights, for up to `CALIBRATED` tokens: streams, activations, a block's weights and its fit."""
     wide, width = layout.families["hidden"], layout.families["ffn"]
-    streams, block = 4 * 5 * wide * CALIBRATED, 4 * 6 * wide * width
+    block = 4 * 6 * wide * width
     fit = 8 * (3 * width * width + 4 * width * wide) if refit else 0
     logits = 12 * BATCH_TOKENS * layout.families.get("vocab", 0) if layout.task == "text-generation" else 0
-    return max(streams + block + fit + 2 * HELD, streams + logits)
+    return 5 * streams(layout) + max(block + fit + 2 * HELD, logits)
+
+
+def streams(layout: Layout) -> int:
+    """Bytes of one model's streams, for `CALIBRATED` tokens."""
+    return 4 * layout.families["hidden"] * CALIBRATED
 
 
 def weights_folder(context: Context) -> Path | None:
-    """Where blocks come to rest of a model that does not fit."""
+    """Where finished blocks come to rest; None keeps them in memory."""
     folder = context.folder and context.folder / "weights"
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

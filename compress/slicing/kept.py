@@ -1,4 +1,4 @@
-"""What a cut keeps on disk, so that a killed one goes on with the block it was at.
+"""What a cut keeps on disk, so that a killed one goes on with the block it was at (experts: moe/progress.py).
 
     chosen.json            sizes, and what the search tried
     measured.safetensors   the basis and the removal orders
@@ -75,9 +75,18 @@ class Kept:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
             beside.replace(self.folder / f"{name}.safetensors")
 
+    @property
+    def due(self) -> bool:
+        """Whether the last state is long enough ago."""
+        return self.folder is not None and time.monotonic() - self.written >= EVERY
+
+    def turn_over(self) -> None:
+        """A state is whole: the next goes to the other files."""
+        self.turn, self.written = 1 - self.turn, time.monotonic()
+
     def block_done(self, number: int, refit: Refit) -> None:
         """Keep where a refit stands, if the last time is long enough ago."""
-        if self.folder is None or time.monotonic() - self.written < EVERY:
+        if not self.due:
             return
         weights = refit.small.walk.model.state_dict()
         self.keep_tensors(f"{self.turn}.weights", _distinct(weights))
@@ -85,7 +94,7 @@ class Kept:
             self.keep_tensors(f"{self.turn}.{name}", {"stream": stream})
         rested = [name for name, t in weights.items() if isinstance(t, Deferred) and t.cell.rest is not None]
         self.keep("block", {"number": number, "turn": self.turn, "fits": refit.details, "rested": rested})
-        self.turn, self.written = 1 - self.turn, time.monotonic()
+        self.turn_over()
 
     def resume(self, refit: Refit) -> int:
         """Put a refit where it stood; returns the number of its next block."""

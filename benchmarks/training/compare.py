@@ -206,20 +206,21 @@ def plot(task: Task, chosen: list[Method], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
     for number, method in enumerate(chosen):
         _, gap, spread, share = summary(method, chosen[0])
         losses = np.mean([run.losses for run in method.runs.values()], axis=0)
-        left.plot(np.linspace(0, share, len(losses) + 1)[1:], losses, label=method.name, linewidth=1)
+        (line,) = left.plot(np.linspace(0, share, len(losses) + 1)[1:], losses, label=method.name, linewidth=1)
         if number:
             interval = None if math.isnan(spread) else spread
-            right.errorbar(gap, -number, xerr=interval, fmt="o", markersize=4, capsize=2)
+            right.errorbar(gap, -number, xerr=interval, fmt="o", color=line.get_color(), markersize=4, capsize=2)
     left.set(title=task.name, xlabel="counted FLOPs of the dense run", ylabel="training loss", yscale="log")
     left.legend(fontsize=6)
     right.axvline(0, color="#8896a5", linewidth=1)
     right.set_yticks(range(-len(chosen) + 1, 0), [m.name for m in reversed(chosen[1:])], fontsize=7)
     right.set(xlabel=f"{'points' if task.higher else 'nats a byte'} held out, minus dense")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)

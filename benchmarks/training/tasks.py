@@ -19,7 +19,8 @@ from torch.nn import functional
 class Task:
     """What is trained, by seed.
 
-    The rate is the one of 1, 2, 3, 5 and 10 thousandths at which dense training scores best under --validation.
+    The rate is the one at which dense training scores best under --validation: of 1, 2, 3, 5 and 10 thousandths for
+    digits and MNIST (three seeds), of 1, 3 and 5 for CIFAR and of 1, 2 and 3 for text (one seed).
     """
 
     name: str

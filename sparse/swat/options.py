@@ -23,12 +23,13 @@ class Sparsity:
             tokens; `structured` takes whole units out of every GEMM and samples tokens too.
         weights: share of each layer's weights (structured: of each block's units) that is dropped.
         activations: share of each layer's input that is dropped before it is saved for the backward pass (sampled
-            and structured: the share of tokens that the weight gradient leaves out).
+            and structured: the share of tokens that the weight gradient leaves out; to a convolution, a token is
+            an image of the batch, of which few are drawn from a small batch: 0 keeps them all).
         distribution: how weight sparsity spreads over layers: `uniform`; `erk`, more of it in large layers;
             `momentum`, less of it where gradients are large.
         ramp: `cubic` lets weight sparsity grow as 1 − (1 − t)³; `none` starts with all of it. Activations have no
-            ramp: dropping them costs little, and memory should fall from the first step.
-        ramp_share: of all steps, over which it grows.
+            ramp: memory should fall from the first step.
+        ramp_share: of all steps, over which it grows. A tenth counts few FLOPs more than no ramp at all.
         period: steps between new thresholds, units and layer densities.
         drop: of exact mode, whose inputs lose values: `stored`, those kept for their layer alone, while what an
             activation or a norm keeps for its own gradient is read whole, in the same bytes; `all`, as published.

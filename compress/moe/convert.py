@@ -55,7 +55,7 @@ class Method:
     partition: str = "caught"
     router: str = "listwise"
     refit: bool = True
-    ridge: float = 1e-3
+    ridge: float = 0.1
     steps: int = 0
     weights: routers.Weights | None = None
     dtype: torch.dtype = torch.float32

@@ -71,7 +71,8 @@ class Moe(Pass):
         router: how parts are chosen: `listwise`, fitted to their order; `ridge`, to their size, in closed form;
             `centre`, the mean direction of a part's gate rows, is there to be compared with.
         refit: solve the down projections again under the routing.
-        ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment.
+        ridge: strength of the refit's pull towards the dense weights, as a share of the mean second moment; weaker, it
+            learns the calibration text by heart where that has few tokens a unit.
         distill_steps: of training a block's experts and router to add what the dense model has behind them, before the
             refit; a few hundred take seconds a block.
         compare: leave a tenth of the calibration data out of the fits and measure on it what each number of experts
@@ -90,7 +91,7 @@ class Moe(Pass):
     partition: Literal["caught", "co-activation", "random", "kmeans", "activation-rate"] = "caught"
     router: Literal["listwise", "ridge", "centre"] = "listwise"
     refit: bool = True
-    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    ridge: Annotated[float, Field(gt=0)] = 0.1
     distill_steps: Annotated[int, Field(ge=0)] = 0
     compare: bool = True
 

@@ -50,6 +50,7 @@ def test_exact_leaves_the_share_asked_for_and_says_that_nothing_runs_faster(tiny
     assert 0 < details["encoded_share"] < 1
     assert details["flops"]["counted"] < details["flops"]["realised"] == details["flops"]["dense"]
     assert details["saved_bytes"]["sparse"] < details["saved_bytes"]["dense"]
+    assert min(details["step_seconds"][name] for name in ("dense", "sparse")) > 0
     assert len(details["loss"]["loss"]) == 12
     assert all(values[0] == 1.0 for name, values in details["density_by_layer"].items() if name != "step")
     compared = details["loss_with_and_without_masks"]

@@ -14,8 +14,9 @@ The loss is that of `recover`: the divergence from the original's answers, the t
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -158,7 +159,7 @@ class Swat(Learning, Sparsity, Pass):
 
 
 def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[str, Any]:
-    """FLOPs and saved bytes of one row, dense and as trained in the last step."""
+    """FLOPs, saved bytes and seconds of one row's step, dense and as trained in the last step."""
     from ..meters import measure, saved_bytes
 
     def kept() -> int:
@@ -173,6 +174,7 @@ def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[
     try:
         flops = measure(lambda: loss().backward(), training)
         sparse = kept()
+        seconds = paced(training, lambda: loss().backward())
     finally:
         training.detach()
         model.zero_grad(set_to_none=True)
@@ -180,4 +182,18 @@ def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[
     return {
         "flops": {"dense": flops.dense, "counted": flops.counted, "realised": flops.realised},
         "saved_bytes": {"dense": dense, "sparse": sparse},
+        "step_seconds": seconds,
     }
+
+
+def paced(training: SparseTraining, step: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of `step` without and with the masks, in turns, after one round that is not timed."""
+    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for turn in range(rounds + 1):
+        for name, put in (("dense", training.detach), ("sparse", training.attach)):
+            put()
+            began = time.perf_counter()
+            step()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in seconds.items()}

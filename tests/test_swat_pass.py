@@ -168,3 +168,30 @@ def test_the_forecast_keeps_the_shapes(tiny):
     assert forecast.layout is layout
     assert forecast.memory > 0
     assert "compact" in forecast.notes[-1]
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "momentum"])
+def test_measuring_a_step_moves_nothing_that_is_kept(distribution, tiny):
+    from tersor.sparse.passes.swat import meters
+    from tersor.sparse.swat.options import Sparsity
+    from tersor.sparse.swat.training import SparseTraining
+
+    model = tiny("resnet").model().requires_grad_(True)
+    pixels = torch.tensor(np.stack(images(4)))
+    training = SparseTraining(model, Sparsity(weights=0.5, activations=0.5, distribution=distribution), 10)
+
+    def step() -> torch.Tensor:
+        return model(pixels).logits.square().sum()
+
+    def kept() -> dict[str, torch.Tensor]:
+        found = {f"training {n}": t for n, t in training.state_dict().items()} | dict(model.state_dict())
+        return {name: tensor.clone() for name, tensor in found.items()}
+
+    before = kept()
+    meters(training, step, model)
+    after = kept()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    step_alone = model.train()(pixels).logits
+    assert step_alone.requires_grad
+    assert any(not torch.equal(before[name], tensor) for name, tensor in kept().items())  # a step does move them

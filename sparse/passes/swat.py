@@ -159,8 +159,13 @@ class Swat(Learning, Sparsity, Pass):
 
 
 def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[str, Any]:
-    """FLOPs, saved bytes and seconds of one row's step, dense and as trained in the last step."""
+    """FLOPs, saved bytes and seconds of one row's step, dense and as trained in the last step.
+
+    What such steps move is put back: running means of norms, thresholds, gradient averages.
+    """
     from ..meters import measure, saved_bytes
+
+    state, buffers = training.state_dict(), [buffer.clone() for buffer in model.buffers()]
 
     def kept() -> int:
         with saved_bytes(model) as found:
@@ -177,6 +182,9 @@ def meters(training: SparseTraining, loss: Any, model: torch.nn.Module) -> dict[
         seconds = paced(training, lambda: loss().backward())
     finally:
         training.detach()
+        training.load_state_dict(state)
+        for buffer, was in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(was)
         model.zero_grad(set_to_none=True)
         model.eval()
     return {

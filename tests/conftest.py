@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,7 @@ import torch
 from tersor.compress.arch import architecture
 from tersor.compress.checkpoint import Checkpoint, named_parameters
 from tersor.compress.layout import Layout, model_class
+from tersor.compress.pass_ import Context
 
 TINY = Path(__file__).parent / "tiny"
 TASKS = ("text-generation", "image-classification", "feature-extraction")
@@ -153,3 +155,67 @@ data:
 def tokenizer() -> Any:
     """The tiny tokenizer."""
     return tiny_tokenizer()
+
+
+# --- dense models as experts ------------------------------------------------------------------------------------------
+
+
+def random_samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 100, length) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def samples() -> Callable[..., list[np.ndarray]]:
+    """`samples(count=24, length=16, seed=0)`: random tokens, int64 `[length]` each."""
+    return random_samples
+
+
+@pytest.fixture(scope="session")
+def converted() -> Callable[..., dict[str, Any]]:
+    """`converted(checkpoint, text=samples(), **options)`: through `moe`, into 4 experts of which 2 are active and
+    nothing is compared unless the options say otherwise; returns the details as the journal keeps them."""
+    from tersor.compress.passes.moe import Moe
+
+    def convert(checkpoint: Checkpoint, text: list[np.ndarray] | None = None, **options: Any) -> dict[str, Any]:
+        context = Context(random_samples() if text is None else text)
+        Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
+        details: dict[str, Any] = json.loads(json.dumps(context.details))
+        return details
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def output() -> Callable[..., torch.Tensor]:
+    """`output(checkpoint, dtype=torch.float32, **attributes)`: logits or hidden states of four samples, float64.
+
+    The attributes replace those of every module that has them.
+    """
+
+    def forward(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, **attributes: Any) -> torch.Tensor:
+        model = checkpoint.model(dtype)
+        for module in model.modules():
+            for name in attributes.keys() & vars(module).keys():
+                setattr(module, name, attributes[name])
+        with torch.no_grad():
+            out = model(torch.tensor(np.stack(random_samples(4, seed=9))))
+        return (out.logits if hasattr(out, "logits") else out.last_hidden_state).double()
+
+    return forward
+
+
+@pytest.fixture(scope="session")
+def planted() -> Callable[[Checkpoint, int], Checkpoint]:
+    """`planted(checkpoint, experts)`: the same, its gates' rows alike by group, in a scrambled order."""
+
+    def plant(checkpoint: Checkpoint, experts: int) -> Checkpoint:
+        generator = torch.Generator().manual_seed(4)
+        for name, tensor in list(checkpoint.tensors.items()):
+            if name.endswith("gate_proj.weight"):
+                group = torch.randperm(len(tensor), generator=generator) % experts
+                centres = 3 * torch.randn(experts, tensor.shape[1], generator=generator) / tensor.shape[1] ** 0.5
+                checkpoint.tensors[name] = centres[group] + 0.1 * tensor
+        return checkpoint
+
+    return plant

@@ -7,31 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.compress.slicing import kept
-
-
-def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, 100, length) for _ in range(count)]
-
-
-def converted(checkpoint: Checkpoint, tokens: list[np.ndarray] | None = None, **options) -> dict:
-    context = Context(tokens or samples())
-    Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
-    return context.details
-
-
-@pytest.fixture
-def dense(tiny):
-    """`dense(model_type, variant="", **config)`: a tiny checkpoint."""
-    return lambda name, variant="", **config: tiny(name, "text-generation", variant=variant, **config)
-
 
 # --- exactness --------------------------------------------------------------------------------------------------------
 
@@ -75,7 +56,7 @@ print("FOUND", json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory, tiny) -> list[dict]:
+def reloaded(tmp_path_factory, tiny, converted) -> list[dict]:
     """Every case with all experts active, saved, and opened by plain transformers in another process."""
     root = tmp_path_factory.mktemp("exact")
     for number, (name, variant, config, options, _) in enumerate(CASES):
@@ -98,34 +79,23 @@ def test_all_experts_are_the_dense_model_in_a_fresh_process(reloaded, number):
     assert found["error"] <= 2 * found["own"], found
 
 
-def output(checkpoint: Checkpoint, **config) -> torch.Tensor:
-    ids = torch.tensor(np.stack(samples(4, seed=9)))
-    model = checkpoint.model()
-    for name, value in config.items():
-        for module in (model, *model.modules()):
-            if hasattr(module, name):
-                setattr(module, name, value)
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def test_fewer_experts_differ(dense):
-    checkpoint = dense("llama")
+def test_fewer_experts_differ(tiny, converted, output):
+    checkpoint = tiny("llama")
     before = output(checkpoint)
     converted(checkpoint, active=2, refit=False)
     assert (output(checkpoint) - before).abs().max() > 1e-2
 
 
-def test_refit_with_every_expert_changes_nothing(dense):
-    checkpoint = dense("llama")
+def test_refit_with_every_expert_changes_nothing(tiny, converted, output):
+    checkpoint = tiny("llama")
     before = output(checkpoint)
     converted(checkpoint, active=4, refit=True)
     assert (output(checkpoint) - before).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("source", ["llama", "qwen3"])
-def test_the_shipped_router_with_every_expert_is_nearly_dense(dense, source):
-    checkpoint = dense(source)
+def test_the_shipped_router_with_every_expert_is_nearly_dense(tiny, source, converted, output):
+    checkpoint = tiny(source)
     before = output(checkpoint)
     details = converted(checkpoint, active=2, refit=False)
     assert details["k_at_load"] == "free"
@@ -144,8 +114,8 @@ def routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 @pytest.mark.parametrize(
     ("source", "options"), [("llama", {}), ("qwen3", {}), ("qwen3", {"shared": 0}), ("granite", {})]
 )
-def test_the_class_chooses_what_the_router_says(dense, source, options):
-    checkpoint = dense(source, intermediate_size=128)
+def test_the_class_chooses_what_the_router_says(tiny, source, options, converted):
+    checkpoint = tiny(source, intermediate_size=128)
     details = converted(checkpoint, experts=16, active=6, **options)
     model, chosen, wanted = checkpoint.model(), 0, 0
     for router in routers(model).values():
@@ -158,7 +128,7 @@ def test_the_class_chooses_what_the_router_says(dense, source, options):
     assert all(router["weight_error"] < 0.01 for router in details["router"])
 
 
-def test_too_small_a_scale_loses_choices(dense):
+def test_too_small_a_scale_loses_choices():
     from tersor.compress.moe.router import kept, smallest_scale
 
     generator = torch.Generator().manual_seed(0)
@@ -171,11 +141,11 @@ def test_too_small_a_scale_loses_choices(dense):
     assert kept(router, 2.0**-22, x, 4, "softmax", torch.float32) < 0.95
 
 
-def test_the_load_counts_what_is_chosen(dense):
+def test_the_load_counts_what_is_chosen(tiny, converted, samples):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.moe.routing import loads
 
-    checkpoint = dense("llama")
+    checkpoint = tiny("llama")
     converted(checkpoint, active=2)
     shares = loads(checkpoint.model(), checkpoint.layout, batches(samples(5) + samples(3, 9), checkpoint.layout))
     assert [sum(block) for block in shares] == pytest.approx([checkpoint.config.num_experts_per_tok] * 2)
@@ -185,25 +155,25 @@ def test_the_load_counts_what_is_chosen(dense):
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
-def test_the_same_recipe_gives_the_same_bytes(dense):
-    one, other = dense("qwen2"), dense("qwen2")
+def test_the_same_recipe_gives_the_same_bytes(tiny, converted):
+    one, other = tiny("qwen2"), tiny("qwen2")
     converted(one)
     converted(other)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
 
-def test_bfloat16_stays_bfloat16(dense):
-    checkpoint = dense("qwen3", dtype="bfloat16")
+def test_bfloat16_stays_bfloat16(tiny, converted, output):
+    checkpoint = tiny("qwen3", dtype="bfloat16")
     converted(checkpoint)
     kinds = {t.dtype for n, t in checkpoint.tensors.items() if "correction" not in n}
     assert kinds == {torch.bfloat16}
     output(checkpoint)
 
 
-def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path):
+def test_weights_that_stay_in_their_files_give_the_same_experts(tiny, tmp_path, converted, samples):
     from dataclasses import replace
 
-    dense("llama").save(tmp_path / "dense")
+    tiny("llama").save(tmp_path / "dense")
     whole, lean = (Checkpoint.load(tmp_path / "dense", lean=late) for late in (False, True))
     assert lean.lean
     converted(whole)
@@ -218,9 +188,9 @@ def test_weights_that_stay_in_their_files_give_the_same_experts(dense, tmp_path)
 
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("refit", [False, True])
-def test_a_killed_conversion_goes_on_with_its_block(dense, tmp_path, monkeypatch, lean, refit):
+def test_a_killed_conversion_goes_on_with_its_block(tiny, tmp_path, monkeypatch, lean, refit, samples):
     monkeypatch.setattr(kept, "EVERY", 0.0)
-    dense("llama", num_hidden_layers=4).save(tmp_path / "dense")
+    tiny("llama", num_hidden_layers=4).save(tmp_path / "dense")
     converting = Moe(experts=4, active=2, compare=False, refit=refit)
     blocks: list[int] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from tersor.compress.errors import RecipeError
 from tersor.compress.moe.dynamic import threshold
 from tersor.compress.moe.own import RoutedFfn
 from tersor.compress.moe.routing import Routing, loads
-from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.compress.tokens import Tokens
 from tersor.export.client import Client
@@ -27,16 +26,10 @@ each = pytest.mark.parametrize(("name", "task"), CASES, ids=[name for name, _ in
 EXPERTS, ACTIVE, SHARED = 8, 3, 1
 
 
-def samples(count: int = 96, length: int = 32, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, 100, length) for _ in range(count)]
-
-
-def converted(checkpoint: Checkpoint, text: list[np.ndarray], **options) -> dict:
-    context = Context(text)
-    given = {"experts": EXPERTS, "active": ACTIVE, "shared": SHARED, "compare": False, "dynamic": True}
-    Moe(**{**given, **options}).apply(checkpoint, context)
-    return json.loads(json.dumps(context.details))
+@pytest.fixture(scope="module")
+def converted(converted, samples):
+    """As elsewhere, under a budget and on more text."""
+    return partial(converted, text=samples(96, 32), experts=EXPERTS, active=ACTIVE, shared=SHARED, dynamic=True)
 
 
 def average(checkpoint: Checkpoint, text: list[np.ndarray], score: float | None = None) -> list[float]:
@@ -49,10 +42,10 @@ def average(checkpoint: Checkpoint, text: list[np.ndarray], score: float | None 
 
 
 @each
-def test_the_saved_class_spends_the_budget(name, task, tiny, tmp_path):
-    text = samples()
+def test_the_saved_class_spends_the_budget(name, task, tiny, tmp_path, converted, samples):
+    text = samples(96, 32)
     checkpoint = tiny(name, task)
-    details = converted(checkpoint, text)
+    details = converted(checkpoint)
     checkpoint.save(tmp_path)
     again = Checkpoint.load(tmp_path, task)
     found = average(again, text)
@@ -63,26 +56,26 @@ def test_the_saved_class_spends_the_budget(name, task, tiny, tmp_path):
     assert strict < 0.9 * sum(found) < 0.9 * 0.9 * loose
 
 
-def test_tokens_and_blocks_differ(tiny):
+def test_tokens_and_blocks_differ(tiny, converted, samples):
     checkpoint = tiny("bert", "feature-extraction")
     name = "encoder.layer.1.intermediate.dense.weight"  # in one block few units do all the work
     checkpoint.tensors[name] = checkpoint.tensors[name].clone()
     checkpoint.tensors[name][:24] *= 6
-    text = samples()
-    converted(checkpoint, text)
+    text = samples(96, 32)
+    converted(checkpoint)
     with Routing.of(checkpoint.layout) as routing, torch.no_grad():
         checkpoint.model()(torch.tensor(np.stack(text)))
     counts = [(choices < EXPERTS - SHARED).sum(1).double() for choices in routing.choices]
     assert counts[0].mean() > 1.15 * counts[1].mean()
     assert all(count.std() > 0.3 for count in counts)
-    converted(fixed := tiny("bert", "feature-extraction"), text, dynamic=False)
+    converted(fixed := tiny("bert", "feature-extraction"), dynamic=False)
     with Routing.of(fixed.layout) as routing, torch.no_grad():
         fixed.model()(torch.tensor(np.stack(text)))
     assert all(choices.shape[1] == ACTIVE - SHARED for choices in routing.choices)
     assert all(int(choices.max()) < EXPERTS - SHARED for choices in routing.choices)
 
 
-def test_unequal_tokens_gain_by_it(tiny):
+def test_unequal_tokens_gain_by_it(tiny, converted):
     """Where half of the tokens need the FFN and half do not, a budget loses less than so many for each."""
 
     def left(**options) -> float:
@@ -95,20 +88,20 @@ def test_unequal_tokens_gain_by_it(tiny):
                 rows = 2 * checkpoint.tensors[name]
                 rows[0] = rows[0].abs() + 0.5  # where the first coordinate is negative, hardly a unit opens
                 checkpoint.tensors[name] = rows
-        details = converted(checkpoint, samples(), **options)
+        details = converted(checkpoint, **options)
         return sum(details["fit_per_layer"]["left after"])
 
     assert left() < 0.9 * left(dynamic=False)
 
 
-def test_raising_every_block_of_a_model_changes_no_allotment(tiny):
+def test_raising_every_block_of_a_model_changes_no_allotment(tiny, converted):
     """The price is in shares of a block's own energy: twice the down projection needs no more experts."""
 
     def shares(factor: float) -> list[float]:
         checkpoint = tiny("bert", "feature-extraction")
         for name in ("encoder.layer.1.output.dense.weight", "encoder.layer.1.output.dense.bias"):
             checkpoint.tensors[name] = factor * checkpoint.tensors[name]
-        return converted(checkpoint, samples())["active_per_layer"]
+        return converted(checkpoint)["active_per_layer"]
 
     assert shares(2.0) == pytest.approx(shares(1.0), abs=0.02)
 
@@ -125,10 +118,10 @@ def test_a_threshold_is_exceeded_as_often_as_asked():
 
 @pytest.mark.parametrize("form", ["slices", "whole"])
 @each
-def test_the_artifact_chooses_as_the_model_does(name, task, form, tiny, tmp_path):
-    text = samples()
+def test_the_artifact_chooses_as_the_model_does(name, task, form, tiny, tmp_path, converted, samples):
+    text = samples(96, 32)
     checkpoint = tiny(name, task)
-    converted(checkpoint, text)
+    converted(checkpoint)
     facts = Onnx(experts=form).write(checkpoint, tmp_path, text[:8])
     assert facts["experts"]["form"] == form
     assert all(figures["error"] <= figures["limit"] for figures in facts["parity"].values())
@@ -140,9 +133,9 @@ def test_the_artifact_chooses_as_the_model_does(name, task, form, tiny, tmp_path
     assert (wanted == EXPERTS - SHARED).any()
 
 
-def test_it_decodes_and_runs_in_eight_bits(tiny, tmp_path):
+def test_it_decodes_and_runs_in_eight_bits(tiny, tmp_path, converted, samples):
     checkpoint = tiny("gpt2", "text-generation")
-    converted(checkpoint, samples())
+    converted(checkpoint)
     for name in ("decoder", "int8"):
         (tmp_path / name).mkdir()
     decoder = OnnxDecoder(experts="slices").write(checkpoint, tmp_path / "decoder", samples(8))
@@ -183,8 +176,8 @@ def test_no_expert_adds_nothing(form):
 # --- what it says, and what it refuses ----------------------------------------------------------------------------
 
 
-def test_the_details_say_what_a_threshold_costs(tiny):
-    details = converted(tiny("bert", "feature-extraction"), samples(), compare=True)
+def test_the_details_say_what_a_threshold_costs(tiny, converted):
+    details = converted(tiny("bert", "feature-extraction"), compare=True)
     curve = details["loss_by_threshold"]
     assert [point["threshold"] for point in curve] == sorted(point["threshold"] for point in curve)
     spent = [point["active_share"] for point in curve]

@@ -2,60 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.pass_ import Context
-from tersor.compress.passes.moe import Moe
-
-
-def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, 100, length) for _ in range(count)]
-
-
-def converted(checkpoint: Checkpoint, tokens: list[np.ndarray] | None = None, **options) -> dict:
-    context = Context(tokens or samples())
-    Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
-    return context.details
 
 
 @pytest.fixture
-def dense(tiny):
-    """`dense(model_type, variant="", **config)`: a tiny checkpoint."""
-    return lambda name, variant="", **config: tiny(name, "text-generation", variant=variant, **config)
+def loss(output):
+    return lambda checkpoint, wanted: float((output(checkpoint) - wanted).square().mean())
 
 
-def output(checkpoint: Checkpoint, **config) -> torch.Tensor:
-    ids = torch.tensor(np.stack(samples(4, seed=9)))
-    model = checkpoint.model()
-    for name, value in config.items():
-        for module in (model, *model.modules()):
-            if hasattr(module, name):
-                setattr(module, name, value)
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def planted(checkpoint: Checkpoint, experts: int) -> Checkpoint:
-    """FFNs whose units are large together by group, in a scrambled order."""
-    generator = torch.Generator().manual_seed(4)
-    for name, tensor in list(checkpoint.tensors.items()):
-        if name.endswith("gate_proj.weight"):
-            group = torch.randperm(len(tensor), generator=generator) % experts
-            centres = 3 * torch.randn(experts, tensor.shape[1], generator=generator) / tensor.shape[1] ** 0.5
-            checkpoint.tensors[name] = centres[group] + 0.1 * tensor
-    return checkpoint
-
-
-def loss(checkpoint: Checkpoint, wanted: torch.Tensor) -> float:
-    return float((output(checkpoint) - wanted).square().mean())
-
-
-def test_each_part_of_the_method_helps(dense):
+def test_each_part_of_the_method_helps(tiny, converted, loss, output, planted, samples):
     def made(**options) -> float:
-        checkpoint = planted(dense("llama", intermediate_size=128), 8)
+        checkpoint = planted(tiny("llama", intermediate_size=128), 8)
         wanted = output(checkpoint)
         converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
         return loss(checkpoint, wanted)
@@ -110,14 +70,14 @@ def test_everyone_meets_everyone_once():
         assert met == [(a, b) for a in range(count) for b in range(a + 1, count)]
 
 
-def test_co_activation_finds_planted_groups(dense):
+def test_co_activation_finds_planted_groups(tiny, planted, samples):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.calibration.side import Side
     from tersor.compress.moe.activations import Ffn, Tokens, before_ffn
     from tersor.compress.moe.cut import Cut
     from tersor.compress.moe.partition import PARTITIONS
 
-    checkpoint = planted(dense("llama", intermediate_size=128), 8)
+    checkpoint = planted(tiny("llama", intermediate_size=128), 8)
     data = batches(samples(40), checkpoint.layout)
     with torch.no_grad():
         side = Side.at_start(checkpoint.model(), checkpoint.layout, data)
@@ -137,9 +97,9 @@ def test_co_activation_finds_planted_groups(dense):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_distillation_helps_and_no_steps_change_nothing(dense):
+def test_distillation_helps_and_no_steps_change_nothing(tiny, converted, loss, output, planted, samples):
     def made(**options) -> tuple[float, float, Checkpoint]:
-        checkpoint = planted(dense("llama", intermediate_size=128), 8)
+        checkpoint = planted(tiny("llama", intermediate_size=128), 8)
         wanted = output(checkpoint)
         details = converted(checkpoint, samples(200, 32), experts=8, active=2, **options)
         return sum(details["fit_per_layer"]["left after"]), loss(checkpoint, wanted), checkpoint
@@ -169,11 +129,11 @@ def test_the_gradient_of_a_choice_is_that_of_its_edge():
     assert near > 100 * never
 
 
-def test_recover_trains_router_and_experts_in_the_stock_class(dense):
+def test_recover_trains_router_and_experts_in_the_stock_class(tiny, converted, loss, output, planted, samples):
     """From end to end: the result is nearer to the dense model, its router still tiny, and the load is told."""
     from tersor.compress.passes.recover import Recover
 
-    original = planted(dense("llama", intermediate_size=128), 8)
+    original = planted(tiny("llama", intermediate_size=128), 8)
     wanted, text = output(original), samples(640, 32)
     checkpoint = Checkpoint(original.layout, dict(original.tensors))
     details = converted(checkpoint, text, experts=8, active=2)

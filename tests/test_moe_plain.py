@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import RecipeError
-from tersor.compress.pass_ import Context
 from tersor.compress.passes.moe import Moe
 from tersor.export.onnx import Onnx
 
@@ -23,26 +22,15 @@ CASES = [
 each = pytest.mark.parametrize(("name", "task"), CASES, ids=[name for name, _ in CASES])
 
 
-def samples(count: int = 24, length: int = 16, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(4, 100, length) for _ in range(count)]
-
-
-def output(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    with torch.no_grad():
-        out = checkpoint.model(dtype)(torch.tensor(np.stack(samples(4, seed=9))))
-    return (out.logits if hasattr(out, "logits") else out.last_hidden_state).double()
-
-
-def converted(checkpoint: Checkpoint, **options) -> dict:
-    context = Context(samples(200, 32))
-    Moe(**{"experts": 4, "active": 2, "compare": False, **options}).apply(checkpoint, context)
-    return context.details
+@pytest.fixture(scope="module")
+def converted(converted, samples):
+    """As elsewhere, on more text."""
+    return partial(converted, text=samples(200, 32))
 
 
 @each
 @pytest.mark.parametrize("shared", [0, 1])
-def test_all_experts_are_the_dense_model(name, task, shared, tiny, tmp_path):
+def test_all_experts_are_the_dense_model(name, task, shared, tiny, tmp_path, converted, output):
     checkpoint = tiny(name, task)
     exact, single = output(checkpoint, torch.float64), output(checkpoint)
     forecast = Moe(experts=4, active=4, shared=shared, refit=False).requires(checkpoint.layout)
@@ -58,7 +46,7 @@ def test_all_experts_are_the_dense_model(name, task, shared, tiny, tmp_path):
 
 
 @each
-def test_the_refit_helps(name, task, tiny):
+def test_the_refit_helps(name, task, tiny, converted, output):
     def left(**options) -> float:
         checkpoint = tiny(name, task)
         wanted = output(checkpoint)
@@ -68,7 +56,7 @@ def test_the_refit_helps(name, task, tiny):
     assert left() < left(refit=False)
 
 
-def test_every_method_runs_without_a_gate(tiny):
+def test_every_method_runs_without_a_gate(tiny, converted):
     for partition in ("random", "kmeans", "activation-rate", "co-activation"):
         converted(tiny("bert", "feature-extraction"), partition=partition, router="ridge")
     details = converted(tiny("bert", "feature-extraction"), distill_steps=5, compare=True)
@@ -79,7 +67,7 @@ def test_every_method_runs_without_a_gate(tiny):
 
 @pytest.mark.parametrize("form", ["slices", "whole"])
 @each
-def test_it_ships_as_onnx(name, task, form, tiny, tmp_path):
+def test_it_ships_as_onnx(name, task, form, tiny, tmp_path, converted, samples):
     checkpoint = tiny(name, task)
     converted(checkpoint)
     facts = Onnx(experts=form).write(checkpoint, tmp_path, samples())
@@ -89,7 +77,7 @@ def test_it_ships_as_onnx(name, task, form, tiny, tmp_path):
         assert figures["error"] <= figures["limit"]
 
 
-def test_eight_bits_leave_the_routers(tiny, tmp_path):
+def test_eight_bits_leave_the_routers(tiny, tmp_path, converted, samples):
     checkpoint = tiny("bert", "feature-extraction")
     converted(checkpoint)
     facts = Onnx(precision="int8", experts="slices").write(checkpoint, tmp_path, samples())
@@ -97,7 +85,7 @@ def test_eight_bits_leave_the_routers(tiny, tmp_path):
     assert len(facts["experts"]["routers"]) == checkpoint.layout.depth
 
 
-def test_plain_transformers_refuses_the_directory(tiny, tmp_path):
+def test_plain_transformers_refuses_the_directory(tiny, tmp_path, converted):
     """Without tersor nobody opens it as the dense model that it is not."""
     import subprocess
     import sys

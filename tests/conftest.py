@@ -131,16 +131,17 @@ def save_tiny(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
-@pytest.fixture
-def small_recipe(tmp_path: Path, save_tiny: Callable[..., Path]) -> Callable[..., Path]:
-    """`small_recipe(steps, model=None) -> Path`: a recipe of these passes for a tiny Llama; source code is its text."""
+@pytest.fixture(scope="session")
+def write_recipe() -> Callable[..., Path]:
+    """`write_recipe(folder, model, steps, name="small.yaml") -> Path`: a recipe of these passes and gates, and the
+    source code that is its text, beside each other in the folder."""
 
-    def write(steps: str, model: Path | None = None) -> Path:
-        text, path = tmp_path / "text.txt", tmp_path / "small.yaml"
+    def write(folder: Path, model: Path, steps: str, name: str = "small.yaml") -> Path:
+        text, path = folder / "text.txt", folder / name
         text.write_text(inspect.getsource(textwrap) + inspect.getsource(inspect)[:20000], "utf-8")
         data = f"""
 recipe: 1
-model: {model or save_tiny("llama")}
+model: {model}
 data:
   calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
   heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
@@ -149,6 +150,14 @@ data:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_recipe(
+    tmp_path: Path, save_tiny: Callable[..., Path], write_recipe: Callable[..., Path]
+) -> Callable[..., Path]:
+    """`small_recipe(steps, model=None) -> Path`: a recipe of these passes, for a tiny Llama where none is given."""
+    return lambda steps, model=None: write_recipe(tmp_path, model or save_tiny("llama"), steps)
 
 
 @pytest.fixture(scope="session")

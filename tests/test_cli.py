@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,31 +22,20 @@ COMMAND = [sys.executable, "-m", "tersor.compress.cli"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def write_recipe(folder: Path, model: Path) -> Path:
-    text = folder / "text.txt"
-    text.write_text(inspect.getsource(textwrap) + inspect.getsource(inspect)[:10000], "utf-8")
-    path = folder / "small.yaml"
-    path.write_text(
-        f"""recipe: 1
-model: {model}
-data:
-  calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
-  heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
+STEPS = """
 metrics: [perplexity, kl]
 passes:
   - use: slice
-    with: {{remove: 0.15, on: [hidden]}}
+    with: {remove: 0.15, on: [hidden]}
 export:
   - use: onnx
-    with: {{inputs: padded}}
+    with: {inputs: padded}
 """
-    )
-    return path
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, save_tiny: Callable[..., Path]) -> Path:
-    return write_recipe(tmp_path, save_tiny("llama"))
+def recipe(small_recipe: Callable[..., Path]) -> Path:
+    return small_recipe(STEPS)
 
 
 @pytest.fixture
@@ -116,11 +103,11 @@ def test_apply_prints_the_table_and_set_overrides(run, recipe, tmp_path):
     for word in ("original", "compressed", "ONNX", "parameters", "bytes", "perplexity", "latency", "parity"):
         assert word in out
     code, out, _ = run(
-        "apply", recipe, "--output", tmp_path / "more", "--threads", 1, "--set", "passes.0.with.remove=0.4", "--json"
+        "apply", recipe, "--output", tmp_path / "more", "--threads", 1, "--set", "passes.0.with.remove=0.3", "--json"
     )
     metrics = json.loads(out)
     assert code == 0
-    assert metrics["checkpoint"]["parameters"] <= 0.6 * metrics["original"]["parameters"]
+    assert metrics["checkpoint"]["parameters"] <= 0.7 * metrics["original"]["parameters"]
 
 
 def test_smoke_checks_a_recipe_without_the_models_weights(run, recipe, tmp_path):
@@ -311,11 +298,11 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny) -> tuple[Path, dict[str, dict[str, str]]]:
+def whole(tmp_path_factory, tiny, write_recipe) -> tuple[Path, dict[str, dict[str, str]]]:
     """A recipe, and what it gives when nothing interrupts it."""
     folder = tmp_path_factory.mktemp("whole")
     tiny("llama").save(folder / "model")
-    path = write_recipe(folder, folder / "model")
+    path = write_recipe(folder, folder / "model", STEPS)
     process = start("apply", path, "--output", folder / "run", "--threads", 1)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,33 +22,26 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, tiny):
-    folder = tmp_path_factory.mktemp("report")
-    text = folder / "text.txt"
-    text.write_text(inspect.getsource(textwrap) + inspect.getsource(inspect)[:20000], "utf-8")
-    tiny("llama").save(folder / "model")
-    path = folder / "small & <odd>.yaml"
-    path.write_text(
-        f"""recipe: 1
-model: {folder}/model
-data:
-  calibration: {{path: {text}, samples: 16, length: 48, span: 0%-50%}}
-  heldout: {{path: {text}, samples: 12, length: 48, span: 50%-100%}}
+STEPS = """
 metrics: [perplexity, kl]
 passes:
   - use: slice
-    with: {{remove: 0.15, on: [ffn]}}
-    gate: {{metric: kl, max: 100}}
+    with: {remove: 0.15, on: [ffn]}
+    gate: {metric: kl, max: 100}
   - use: slice
-    with: {{remove: 0.1, on: [hidden]}}
-gate: {{metric: perplexity, max: 1000000}}
+    with: {remove: 0.1, on: [hidden]}
+gate: {metric: perplexity, max: 1000000}
 export:
   - use: onnx
-    with: {{inputs: padded}}
+    with: {inputs: padded}
 """
-    )
-    return load_recipe(path)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny, write_recipe):
+    folder = tmp_path_factory.mktemp("report")
+    tiny("llama").save(folder / "model")
+    return load_recipe(write_recipe(folder, folder / "model", STEPS, "small & <odd>.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -147,3 +147,21 @@ def test_recover_trains_router_and_experts_in_the_stock_class(tiny, converted, l
     load = context.details["load_per_layer"]
     assert load.keys() == {f"{name} {when}" for name in ("busiest", "idlest") for when in ("before", "after")}
     assert load["busiest before"] == pytest.approx(details["load_per_layer"]["busiest"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("source", "learning"), [("llama", ("q_proj", "shared_expert.up_proj")), ("gpt2", ("c_attn",))]
+)
+def test_low_rank_recovery_leaves_routers_and_routed_experts(source, learning, tiny, converted, samples):
+    from tersor.compress.passes.recover import Recover
+
+    original, text = tiny(source), samples(32, 32)
+    checkpoint = Checkpoint(original.layout, dict(original.tensors))
+    converted(checkpoint, text)
+    before = dict(checkpoint.tensors)
+    Recover(steps=2, batch=4, lora=2).apply(checkpoint, Context(text, original=original))
+    changed = {name for name in before if not torch.equal(before[name], checkpoint.tensors[name])}
+    assert all(any(name.endswith(f"{module}.weight") for name in changed) for module in learning)
+    experts = checkpoint.layout.arch.experts
+    kept = {checkpoint.layout.full(n, b) for n in (experts.router, experts.gate_up, experts.down) for b in range(2)}
+    assert kept <= before.keys() - changed

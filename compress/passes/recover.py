@@ -40,7 +40,7 @@ class Recover(Learning, Pass):
     """Train a compressed checkpoint towards the original.
 
     Attributes:
-        lora: rank of the changes, or none for all weights.
+        lora: rank of the changes, or none for all weights; routers and routed experts stay as they are.
         stop: a gate on a tenth of the calibration data, which is then left out of the training; asked after each
             checkpoint, and met it ends the training.
     """
@@ -130,9 +130,16 @@ def load(checkpoint: Checkpoint, context: Context) -> dict[str, list[float]]:
 
 
 def matrices(layout: Layout) -> list[str]:
-    """Weights of the blocks' branches by name: what LoRA changes."""
+    """Weights of the blocks' branches by name: what LoRA changes.
+
+    Of experts at most the shared ones are matrices, and a router is so small (moe/router.py) that a change of the
+    usual size would choose for it.
+    """
     modules = [m for b in range(layout.depth) for branch in layout.branches(b) for m in (*branch.reads, branch.writes)]
-    return [f"{m}.weight" for m in dict.fromkeys(modules) if f"{m}.weight" in layout.tensors]
+    names = [f"{m}.weight" for m in dict.fromkeys(modules)]
+    experts = layout.arch.experts
+    routers = {layout.full(experts.router, b) for b in range(layout.depth)} if experts else set()
+    return [name for name in names if name in layout.tensors and name not in routers]
 
 
 def low_rank(layout: Layout, rank: int) -> int:

@@ -145,12 +145,14 @@ def stored_dtype(directory: Path) -> str | None:
 
 
 def infer_task(config: PreTrainedConfig, path: Path) -> str:
-    """Optimum's task name for the class in `config.architectures`."""
+    """Optimum's task name for the class in `config.architectures`; one of tersor's own has its stock class' task."""
     import transformers
     from optimum.exporters.tasks import TasksManager
 
+    from .moe.own import stock_name
+
     name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, stock_name(name, config.model_type), None)
     if found is None:
         raise RecipeError(
             f"{path}: architectures", repr(name), "a transformers class", "Or state `task:` in the recipe."

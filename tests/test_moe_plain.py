@@ -10,6 +10,9 @@ import torch
 from tersor.compress.checkpoint import Checkpoint
 from tersor.compress.errors import RecipeError
 from tersor.compress.passes.moe import Moe
+from tersor.compress.recipe import load_recipe
+from tersor.compress.run import How, apply
+from tersor.compress.verify import verify
 from tersor.export.onnx import Onnx
 
 CASES = [
@@ -37,7 +40,8 @@ def test_all_experts_are_the_dense_model(name, task, shared, tiny, tmp_path, con
     converted(checkpoint, active=4, shared=shared, refit=False)
     assert checkpoint.layout.parameters == forecast.layout.parameters
     checkpoint.save(tmp_path)
-    again = Checkpoint.load(tmp_path, task)
+    again = Checkpoint.load(tmp_path)
+    assert again.layout.task == task
     assert type(again.model()).__name__.startswith("Routed")
     error = (output(again) - exact).abs().max()
     assert error <= max(2 * (single - exact).abs().max(), 1e-6 * exact.abs().max())
@@ -97,6 +101,25 @@ def test_plain_transformers_refuses_the_directory(tiny, tmp_path, converted):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "gpt2_routed" in done.stderr
+
+
+def test_a_run_knows_its_own_class_again(save_tiny, small_recipe, tmp_path):
+    """The next step, the export and `verify` open what was saved, and none is told the task."""
+    steps = """
+passes:
+  - use: moe
+    with: {experts: 4, active: 2, compare: false}
+  - use: recover
+    with: {steps: 2, batch: 2}
+"""
+    recipe = load_recipe(small_recipe(steps, save_tiny("gpt2")))
+    run = apply(recipe, How(output=tmp_path / "run", offline=True, threads=1)).directory
+    refused = "stock transformers refuses a class of tersor's own"
+    assert {finding.what: finding.holds for finding in verify(run)}[refused]
+    config = run / "model/config.json"
+    config.write_text(config.read_text("utf-8").replace("RoutedGPT2LMHeadModel", "RoutedLMHeadModel"), "utf-8")
+    with pytest.raises(RecipeError, match="found 'RoutedLMHeadModel', expected a transformers class"):
+        verify(run)
 
 
 def test_no_stock_class_takes_it(tiny):

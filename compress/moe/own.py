@@ -23,6 +23,9 @@ from torch import nn
 from ..arch import SUFFIX, architecture
 from ..layout import model_class
 
+PREFIX = "Routed"
+"""Of the names of classes, before that of the stock one."""
+
 
 class Experts(nn.Module):
     """The weights of the routed experts."""
@@ -111,7 +114,7 @@ def config_class(model_type: str) -> Any:
     AutoConfig.register(model_type, made)
     for task in base.heads:
         model = model_class(stock(), task)
-        found = type(f"Routed{model.__name__}", (model,), {"config_class": made, "__init__": _init(model, base)})
+        found = type(f"{PREFIX}{model.__name__}", (model,), {"config_class": made, "__init__": _init(model, base)})
         TasksManager.get_model_class_for_task(task, framework="pt").register(made, found)
     return made
 
@@ -138,6 +141,11 @@ def _init(model: Any, base: Any) -> Any:
                 block.set_submodule(name, nn.Identity())
 
     return init
+
+
+def stock_name(name: str, model_type: str) -> str:
+    """The name of the stock class that a class of this name and `model_type` was made from: itself, or its base."""
+    return name.removeprefix(PREFIX) if model_type.endswith(SUFFIX) else name
 
 
 def known(model_type: str) -> None:

@@ -193,6 +193,7 @@ def test_the_details_say_what_a_threshold_costs(tiny, converted):
     [
         ("llama", {}, "moe: dynamic: found llama, whose FFN has a gate"),
         ("bert", {"active": EXPERTS}, "every expert active"),
+        ("bert", {"most": SHARED}, "1 experts where 3 are active on average"),
         ("bert", {"most": 2}, "2 experts where 3 are active on average"),
         ("bert", {"most": 9}, "9 experts where 3 are active on average"),
         ("bert", {"dynamic": False, "most": 4}, "4 without dynamic"),

@@ -68,12 +68,6 @@ class Cut:
             )
         if self.active > self.experts:
             raise RecipeError("moe: active", f"{self.active} of {self.experts} experts", f"at most {self.experts}")
-        if self.most and not self.chosen <= self.most <= self.routed:
-            raise RecipeError(
-                "moe: most",
-                f"{self.most + self.shared} experts where {self.active} are active on average",
-                f"{self.active} to {self.experts}",
-            )
         if self.shared >= self.active:
             raise RecipeError(
                 "moe: shared",

@@ -97,14 +97,9 @@ class Moe(Pass):
 
     def requires(self, layout: Layout) -> Forecast:
         """Find the class that can hold the result, and predict shapes and memory."""
+        self._refuse()
         cut, target = self._cut(layout)
         after = restated(layout, cut, target)
-        if self.distill_steps and not self.refit:
-            raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
-        if self.most is not None and not self.dynamic:
-            raise RecipeError("moe: most", f"{self.most} without dynamic", "dynamic: true, or none")
-        if self.dynamic and cut.chosen == cut.routed:
-            raise RecipeError("moe: dynamic", "every expert active", "fewer active ones")
         units = self.active * cut.part
         width = cut.part if target.own else cut.padded
         notes = [
@@ -129,24 +124,18 @@ class Moe(Pass):
         cut, target = self._cut(layout)
         after = restated(layout, cut, target)
         fitted, judged = self._divided(context, layout)
-        assert after.arch.experts is not None
-        method = Method(
-            *(self.partition, self.router, self.refit, self.ridge, self.distill_steps),
-            after.arch.experts.weights,
-            checkpoint.dtype,
-        )
+        method = self._method(after, checkpoint.dtype)
         progress = Progress(Store(checkpoint.dtype, weights_folder(context)), Kept(context.folder))
         model = checkpoint.model()
         with torch.no_grad():
             side = Side.at_start(model, layout, fitted)
         for block in convert(side, layout, cut, method, fitted, context.seed, context.track, progress=progress):
             number = len(progress.details)
-            if not cut.most:
-                alive(block, number)
+            if not cut.most:  # a budget may leave an expert out, and `_warnings` says so
+                refuse_idle(block, number)
             progress.add(stored(block, after, target, number), block.details)
             if checkpoint.lean:
                 trim()
-        blocks = progress.details
         converted = time.perf_counter()
         losses = {}
         if judged and cut.chosen < cut.routed:
@@ -156,9 +145,9 @@ class Moe(Pass):
         del model, side
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in ffn_names(layout)}
         checkpoint.become(after, kept | progress.tensors)
-        if losses:
-            self._compare(checkpoint, original, cut, target, judged, losses, context)
+        compared = self._compared(checkpoint, original, cut, target, judged, losses) if losses else {}
         context.details.update(
+            compared,
             target=target.model_type,
             task=layout.task,
             experts=cut.routed,
@@ -166,12 +155,8 @@ class Moe(Pass):
             shared=cut.shared,
             active_share=cut.active / cut.experts,
             k_at_load="a threshold" if cut.most else "free" if target.free else "fixed",
-            active_per_layer=[b["active"] for b in blocks],
-            fit_per_layer=columns(blocks, ("left_before", "left_after", "oracle_agreement")),
-            load_per_layer={"busiest": [max(b["load"]) for b in blocks], "idlest": [min(b["load"]) for b in blocks]},
-            load=[{f"expert {n}": share for n, share in enumerate(b["load"])} for b in blocks],
-            router=[{name: b[name] for name in ("scale", "kept", "weight_error")} for b in blocks],
-            warnings=[*self._warnings(blocks, layout, context), *context.details.pop("found", [])],
+            **described(progress.details),
+            warnings=self._warnings(progress.details, compared.get("loss"), cut, layout, context),
             seconds={"convert": converted - began, "compare": time.perf_counter() - converted},
         )
 
@@ -190,24 +175,62 @@ class Moe(Pass):
 
         return [Check(f"{wanted['active']} of {wanted['experts']} experts are chosen", holds)]
 
+    def _refuse(self) -> None:
+        """Say which options do not go together, whatever the model.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        if self.distill_steps and not self.refit:
+            raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
+        if self.most is not None and not self.dynamic:
+            raise RecipeError("moe: most", f"{self.most} without dynamic", "dynamic: true, or none")
+        if self.dynamic and self.active == self.experts:
+            raise RecipeError("moe: dynamic", "every expert active", "fewer active ones")
+        if self.most is not None and not self.active <= self.most <= self.experts:
+            raise RecipeError(
+                "moe: most",
+                f"{self.most} experts where {self.active} are active on average",
+                f"{self.active} to {self.experts}",
+            )
+
     def _cut(self, layout: Layout) -> tuple[Cut, Target]:
-        """How the FFNs are cut, and into which class."""
+        """How the FFNs are cut, and into which class.
+
+        Raises:
+            RecipeError: no FFN that can be cut, numbers that do not fit it, or no class that holds the result.
+        """
         if layout.arch.experts is not None:
             raise RecipeError("moe", f"a mixture of experts already ({layout.arch.model_type})", "a dense model")
         if not layout.depth or any(ffn_branch(layout, block) is None for block in range(layout.depth)):
             found = f"{layout.arch.model_type}, whose FFN cannot be cut"
             raise RecipeError("moe", found, "llama, qwen2, gpt2, bert, …")
         most = (self.most or min(2 * self.active, self.experts)) if self.dynamic else 0
-        options = [self.shared] if self.shared is not None else [min(max(1, self.active // 4), self.active - 1), 0]
-        for number, shared in enumerate(options):
-            cut = Cut(layout.families["ffn"], self.experts, self.active, shared, most and most - shared)
-            cut.refuse()
-            try:
-                return cut, find_target(layout, cut, self.target)
-            except RecipeError:
-                if number == len(options) - 1:
-                    raise
-        raise AssertionError
+
+        def cut(shared: int) -> tuple[Cut, Target]:
+            found = Cut(layout.families["ffn"], self.experts, self.active, shared, most and most - shared)
+            found.refuse()
+            return found, find_target(layout, found, self.target)
+
+        if self.shared is not None:
+            return cut(self.shared)
+        try:
+            return cut(min(max(1, self.active // 4), self.active - 1))
+        except RecipeError:  # a class without shared experts, or numbers that none would mend
+            return cut(0)
+
+    def _method(self, after: Layout, dtype: torch.dtype) -> Method:
+        """How blocks are converted, into the class of layout `after` and its stored dtype."""
+        assert after.arch.experts is not None
+        return Method(
+            partition=self.partition,
+            router=self.router,
+            refit=self.refit,
+            ridge=self.ridge,
+            steps=self.distill_steps,
+            weights=after.arch.experts.weights,
+            dtype=dtype,
+        )
 
     def _divided(self, context: Context, layout: Layout) -> tuple[list[Batch], list[Batch]]:
         """Batches to fit to, and those to measure on."""
@@ -220,7 +243,7 @@ class Moe(Pass):
         fitted, judged = (batches(part, layout) for part in parts)
         return fitted, judged
 
-    def _compare(
+    def _compared(
         self,
         checkpoint: Checkpoint,
         original: Any,
@@ -228,40 +251,60 @@ class Moe(Pass):
         target: Target,
         judged: list[Batch],
         losses: dict[str, float],
-        context: Context,
-    ) -> None:
-        """Into the details: the loss beside its bounds, and by number of chosen experts."""
+    ) -> dict[str, Any]:
+        """For the details: the loss of the stored class beside its bounds, and by number of chosen experts."""
         model, layout = checkpoint.model(), checkpoint.layout
-        losses["experts"] = judge(model, original, layout, judged)
-        context.details["loss"] = losses
+        found: dict[str, Any] = {"loss": losses | {"experts": judge(model, original, layout, judged)}}
         if cut.most:
-            found = by_threshold(model, original, layout, judged, cut, THRESHOLDS)
-            context.details["loss_by_threshold"] = [{**f, "excess": f["loss"] - losses["dense"]} for f in found]
+            curve = by_threshold(model, original, layout, judged, cut, THRESHOLDS)
+            found["loss_by_threshold"] = [{**point, "excess": point["loss"] - losses["dense"]} for point in curve]
         elif target.free:
             step = -(-cut.routed // CURVE)
             counts = sorted({*range(step, cut.routed + 1, step), cut.chosen, cut.routed})
-            curve = by_count(model, original, layout, judged, counts)
-            context.details["loss_by_k"] = [
+            found["loss_by_k"] = [
                 {"k": k, "active_share": (cut.shared + k) / cut.experts, "loss": loss, "excess": loss - losses["dense"]}
-                for k, loss in zip(counts, curve, strict=True)
+                for k, loss in zip(counts, by_count(model, original, layout, judged, counts), strict=True)
             ]
-        if losses["pruned"] <= losses["experts"]:
-            numbers = f"a loss of {losses['pruned']:.4g} against {losses['experts']:.4g}"
-            context.details["found"] = [
-                f"FFNs pruned to {cut.active / cut.experts:.0%} of their units lose no more ({numbers}) and need no "
-                "router: use `slice` on ffn"
-            ]
+        return found
 
-    def _warnings(self, blocks: list[dict[str, Any]], layout: Layout, context: Context) -> list[str]:
+    def _warnings(
+        self,
+        blocks: Sequence[Mapping[str, Any]],
+        loss: Mapping[str, float] | None,
+        cut: Cut,
+        layout: Layout,
+        context: Context,
+    ) -> list[str]:
+        """What a user should know of the converted blocks and, where it was compared, of the loss."""
         found = too_few_tokens(layout, context.calibration) if self.refit else []
-        idle = {number: [part for part, share in enumerate(b["load"]) if share == 0] for number, b in enumerate(blocks)}
+        idle = {number: idle_parts(block) for number, block in enumerate(blocks)}
         if any(idle.values()):
             said = "; ".join(f"block {number}: {parts}" for number, parts in idle.items() if parts)
             found.append(f"experts that no calibration token chooses ({said})")
         lost = [number for number, block in enumerate(blocks) if block["kept"] < KEPT]
         if lost:
             found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")
+        if loss and loss["pruned"] <= loss["experts"]:
+            found.append(
+                f"FFNs pruned to {cut.active / cut.experts:.0%} of their units lose no more (a loss of "
+                f"{loss['pruned']:.4g} against {loss['experts']:.4g}) and need no router: use `slice` on ffn"
+            )
         return found
+
+
+def described(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured on the calibration tokens, by block, as the report draws it."""
+    fit = ("left_before", "left_after", "oracle_agreement")
+    return {
+        "active_per_layer": [block["active"] for block in blocks],
+        "fit_per_layer": {n.replace("_", " "): [block[n] for block in blocks] for n in fit if n in blocks[0]},
+        "load_per_layer": {
+            "busiest": [max(block["load"]) for block in blocks],
+            "idlest": [min(block["load"]) for block in blocks],
+        },
+        "load": [{f"expert {n}": share for n, share in enumerate(block["load"])} for block in blocks],
+        "router": [{name: block[name] for name in ("scale", "kept", "weight_error")} for block in blocks],
+    }
 
 
 def working_memory(layout: Layout, refit: bool) -> int:
@@ -286,22 +329,22 @@ def weights_folder(context: Context) -> Path | None:
     return folder
 
 
-def columns(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:
-    """Records by column, for those names that they have."""
-    return {name.replace("_", " "): [r[name] for r in records] for name in names if name in records[0]}
+def idle_parts(details: Mapping[str, Any]) -> list[int]:
+    """Routed parts of a block, by its details, that no calibration token uses."""
+    return [part for part, share in enumerate(details["load"]) if share == 0]
 
 
-def alive(block: Block, number: int) -> None:
+def refuse_idle(block: Block, number: int) -> None:
     """Refuse a part that no calibration token uses.
 
     Raises:
         PreflightError: names the block and the part.
     """
-    dead = [part for part, share in enumerate(block.details["load"]) if share == 0]
-    if dead:
+    idle = idle_parts(block.details)
+    if idle:
         raise PreflightError(
             f"moe: block {number}",
-            f"experts {dead} that no calibration token chooses",
+            f"experts {idle} that no calibration token chooses",
             "every expert in use",
             "Use fewer experts, more active ones, or more calibration text.",
         )

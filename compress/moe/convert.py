@@ -110,6 +110,18 @@ def _block(
     seed: int,
     allotment: dynamic.Allotment | None,
 ) -> Block:
+    """Convert one block, and move both sides behind it.
+
+    Args:
+        side: the dense model in front of the block.
+        small: the compressed one; the same as `side` without a refit, which then is the dense one throughout.
+        number: of the block.
+        cut: how its FFN is cut.
+        method: how.
+        data: calibration batches.
+        seed: of the partition.
+        allotment: its share of the budget with `dynamic`.
+    """
     before = before_ffn(side, number)
     ffn = Ffn.of(side.walk, number)
     tokens = Tokens(ffn, before, data)
@@ -125,8 +137,9 @@ def _block(
     block = routed(tokens, cut, method, seed) if allotment is None else worthwhile(tokens, cut, method, allotment)
     if small is not side:
         if method.steps:
-            free = allotment is None and block.router is not None and cut.chosen < cut.routed
-            start = routers.normalised(block.router, tokens) if free and block.router is not None else None
+            start = None  # a budget's bias, and a router without a choice, are not trained
+            if allotment is None and block.router is not None and cut.chosen < cut.routed:
+                start = routers.normalised(block.router, tokens)
             ffn, learned = distilled(block, tokens, wanted, method.steps, seed + number, start)
             tokens = Tokens(ffn, before, data)
             block = replace(block, ffn=ffn) if learned is None else held(learned, tokens, cut, method)
@@ -206,8 +219,8 @@ def refitted(block: Block, tokens: Tokens, wanted: Sequence[torch.Tensor], ridge
         fit.add(block.masked(x, h), batch.tokens(target - stream) / ffn.scale - shift)
     found, constant = fit.solve(ffn.down.T, ridge)
     block.details.update(left_before=fit.left_before, left_after=fit.left_after)
-    moved_to = None if constant is None else (shift + constant).float()
-    return replace(block, ffn=replace(ffn, down=found.T.float(), shift=moved_to))
+    solved = None if constant is None else (shift + constant).float()
+    return replace(block, ffn=replace(ffn, down=found.T.float(), shift=solved))
 
 
 def observed(block: Block, tokens: Tokens, allotment: dynamic.Allotment | None = None) -> dict[str, Any]:

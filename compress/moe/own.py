@@ -25,6 +25,15 @@ from ..layout import model_class
 
 PREFIX = "Routed"
 """Of the names of classes, before that of the stock one."""
+EXTRA: dict[str, int | float] = {
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "expert_width": 0,
+    "shared_width": 0,
+    "num_null_experts": 0,
+    "null_score": 0.0,
+}
+"""What the config says beyond the stock one's."""
 
 
 class Experts(nn.Module):
@@ -117,17 +126,6 @@ def config_class(model_type: str) -> Any:
         found = type(f"{PREFIX}{model.__name__}", (model,), {"config_class": made, "__init__": _init(model, base)})
         TasksManager.get_model_class_for_task(task, framework="pt").register(made, found)
     return made
-
-
-EXTRA: dict[str, int | float] = {
-    "num_experts": 0,
-    "num_experts_per_tok": 0,
-    "expert_width": 0,
-    "shared_width": 0,
-    "num_null_experts": 0,
-    "null_score": 0.0,
-}
-"""What the config says beyond the stock one's."""
 
 
 def _init(model: Any, base: Any) -> Any:

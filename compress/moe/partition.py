@@ -27,13 +27,14 @@ from .activations import Tokens
 from .assignment import balanced
 from .cut import Cut
 from .regroup import TOKENS, regrouped
+from .router import marked
 
 SKETCH = 192
+"""Dimensions that stand for the tokens."""
 MARKED = 8
 """A token marks one in this many units: its largest contributions."""
-RATED = 10
-"""Units that a token marks for `activation-rate` (CMoE's K)."""
 ROUNDS = 20
+"""Of k-means, at most."""
 
 Partition = Callable[[Tokens, Cut, int], torch.Tensor]
 
@@ -121,15 +122,8 @@ def by_kmeans(tokens: Tokens, cut: Cut, seed: int, centred: bool = False) -> tor
 
 
 def by_rate(tokens: Tokens, cut: Cut, seed: int) -> torch.Tensor:
-    """CMoE: how often a unit is among a token's `RATED` largest, on normalised rows; `seed` decides nothing."""
-    gate, up = (None if w is None else functional.normalize(w, dim=1) for w in (tokens.ffn.gate, tokens.ffn.up))
-    assert gate is not None
-    marks = []
-    for x, _ in tokens:
-        unit = functional.normalize(x, dim=1)
-        h = tokens.ffn.with_rows(unit, gate, up)
-        marks.append(torch.zeros(h.shape, dtype=torch.bool).scatter_(1, h.abs().topk(RATED, dim=1).indices, True))
-    columns = torch.cat(marks)
+    """CMoE: how often a unit is among a token's most active (`router.marked`); `seed` decides nothing."""
+    columns = marked(tokens)
     rate = columns.sum(0, dtype=torch.float64)
     shared, rest = split_shared(rate, cut)
     centres = rest[rate[rest].argsort(descending=True, stable=True)[: cut.routed]]

@@ -23,8 +23,11 @@ from .assignment import balanced
 from .cut import Cut
 
 TURNS = 8
+"""Of partition and router, at most."""
 TOKENS = 8192
+"""Tokens that groups are made from, about."""
 IDLE = 0.1
+"""Share of the average load below which a group counts as one where nobody goes."""
 
 
 def regrouped(tokens: Tokens, cut: Cut, order: torch.Tensor) -> torch.Tensor:

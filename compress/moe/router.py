@@ -29,11 +29,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .activations import Tokens
+from .activations import Ffn, Tokens
 from .cut import Cut
 
 RIDGE = 1e-2
+"""Of the regression, as a share of the mean diagonal."""
 STEPS = 300
+"""Of Adam, at a rate that falls from `RATE`, on `BATCH` tokens each."""
 RATE = 0.05
 BATCH = 4096
 BEGUN = 8192
@@ -43,6 +45,9 @@ KEPT = 0.999
 SOUGHT = 0.9998
 """The share that is asked of the calibration tokens, so that others keep `KEPT`."""
 SCALES = range(-24, 3)
+"""Exponents of two that are tried."""
+RATED = 10
+"""Units that a token marks as its most active (CMoE's K)."""
 Weights = Literal["softmax", "softmax of chosen", "sigmoid", "one"]
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x `[n, hidden]`, h `[n, ffn]` in the partition's order) → scores `[n, routed]`."""
@@ -233,19 +238,30 @@ def oracle(tokens: Tokens, cut: Cut, seed: int) -> Score:
     return lambda _x, h: importance(h, norms, cut)
 
 
+def marked(tokens: Tokens) -> torch.Tensor:
+    """Whether a unit is among a token's `RATED` largest, tokens and rows normalised (CMoE): bool `[n, ffn]`."""
+    ffn = tokens.ffn
+    rows = _normalised_rows(ffn)
+    found = []
+    for x, _ in tokens:
+        h = ffn.with_rows(functional.normalize(x, dim=1), *rows)
+        found.append(torch.zeros(h.shape, dtype=torch.bool).scatter_(1, h.abs().topk(RATED, dim=1).indices, True))
+    return torch.cat(found)
+
+
 def analytic(tokens: Tokens, cut: Cut, seed: int) -> Score:
     """CMoE: |act(gate x) · up x| of each part's unit that is nearest to the part's mean activation."""
     ffn, start = tokens.ffn, cut.shared * cut.part
-    unit = [functional.normalize(x, dim=1) for x, _ in tokens]
-    gate = functional.normalize(ffn.gate, dim=1)
-    up = None if ffn.up is None else functional.normalize(ffn.up, dim=1)
-    h = torch.cat([ffn.with_rows(x, gate, up) for x in unit])
-    marks = torch.zeros_like(h).scatter_(1, h.abs().topk(10, dim=1).indices, 1.0)[:, start:]
-    columns = marks.T.reshape(cut.routed, cut.part, -1)
+    columns = marked(tokens)[:, start:].float().T.reshape(cut.routed, cut.part, -1)
     distance = (columns - columns.mean(1, keepdim=True)).abs().sum(2)
     typical = start + torch.arange(cut.routed) * cut.part + distance.argmin(1)
+    gate, up = _normalised_rows(ffn)
     rows = gate[typical], None if up is None else up[typical]
     return lambda x, _h: ffn.with_rows(x, *rows).abs()
+
+
+def _normalised_rows(ffn: Ffn) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return functional.normalize(ffn.gate, dim=1), None if ffn.up is None else functional.normalize(ffn.up, dim=1)
 
 
 def mlp(tokens: Tokens, cut: Cut, seed: int, steps: int = 250, width: int = 64) -> Score:
@@ -282,4 +298,3 @@ SCORES: dict[str, Callable[[Tokens, Cut, int], Score]] = {
     "oracle": oracle,
 }
 """(tokens of the partitioned FFN, cut, seed) → scores."""
-

@@ -23,7 +23,7 @@ from tersor.compress.passes.moe import Moe
         ("phi", {}, {}, "whose FFN cannot be cut"),
         ("llama", {"mlp_bias": True}, {}, "an FFN without biases"),
         ("qwen3", {}, {"target": "qwen2_moe"}, "qwen2_moe has no place for model.layers.0.self_attn"),
-        ("llama", {}, {"target": "mixtral", "shared": 1}, "mixtral has no place for 1 shared experts"),
+        ("llama", {}, {"target": "mixtral", "shared": 1}, "for 1 shared experts.*It fits qwen2_moe, glm4_moe, granite"),
         ("mistral", {"sliding_window": 4}, {"target": "glm4_moe", "shared": 1}, "no place for attention windows of 4"),
         ("granite", {}, {"target": "qwen2_moe"}, "multipliers"),
     ],

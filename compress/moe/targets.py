@@ -212,13 +212,15 @@ def why_not(layout: Layout, cut: Cut, target: Target) -> str:
     if any(hasattr(layout.config, name) for name in MULTIPLIERS) and not target.multipliers:
         return "multipliers on embeddings, branches and logits"
     made = restated(layout, cut, target)
-    theirs, ours = others(made, experts_names(made, target)), others(layout, ffn_names(layout))
-    for name, shape in sorted(ours.items() ^ theirs.items()):
-        return f"{name} {list(shape)}" if name in ours else f"a model without {name}"
-    return ""
+    theirs, ours = apart_from(made, experts_names(made, target)), apart_from(layout, ffn_names(layout))
+    differing = ours.items() ^ theirs.items()
+    if not differing:
+        return ""
+    name, shape = min(differing)
+    return f"{name} {list(shape)}" if name in ours else f"a model without {name}"
 
 
-def others(layout: Layout, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+def apart_from(layout: Layout, names: Collection[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors but the named ones."""
     return {name: shape for name, shape in layout.shapes().items() if name not in names}
 
@@ -272,14 +274,15 @@ def find_target(layout: Layout, cut: Cut, name: str) -> Target:
     if biases:
         raise RecipeError("moe", min(biases), "an FFN without biases", "No stock class has biased experts.")
     reasons = {}
-    for word, target in TARGETS.items():
-        if name in ("auto", word):
-            reasons[word] = why_not(layout, cut, target)
-            if not reasons[word]:
-                return target
+    for word in TARGETS if name == "auto" else [name]:
+        reasons[word] = why_not(layout, cut, TARGETS[word])
+        if not reasons[word]:
+            return TARGETS[word]
     said = "; ".join(f"{word} has no place for {why}" for word, why in reasons.items())
-    found = f"a {layout.arch.model_type} that fits no class ({said})"
-    raise RecipeError(f"moe: target: {name}", found, "one that does")
+    others = [word for word in TARGETS if word not in reasons and not why_not(layout, cut, TARGETS[word])]
+    found = f"a {layout.arch.model_type} that does not fit ({said})"
+    remedy = f"It fits {', '.join(others)}." if others else ""
+    raise RecipeError(f"moe: target: {name}", found, "a class that holds the model", remedy)
 
 
 def parts(weight: torch.Tensor, cut: Cut) -> torch.Tensor:

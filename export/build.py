@@ -74,7 +74,7 @@ def fill(
     if not nodes:
         return {}
     form = choice.form_of(word, precision, checkpoint.layout, static)
-    speed: dict[str, dict[str, float]] = {}
+    speed: choice.Speeds = {}
     if word == "measure":
         forms = choice.candidates(precision, checkpoint.layout)
         form, speed = choice.measured(model.graph, forms)

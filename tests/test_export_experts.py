@@ -109,14 +109,26 @@ def test_an_activation_that_no_form_has_is_refused():
         choice.alone(placeholder("tanh"), "slices")
 
 
-def test_the_clock_takes_what_is_never_slower(monkeypatch):
-    node = placeholder()
-    graph = ir.Graph([], [], nodes=[node])
+def test_the_clock_runs_every_form_at_every_size(monkeypatch):
     monkeypatch.setattr(choice, "REPEATS", dict.fromkeys(choice.TOKENS, 1))
-    form, ratios = choice.measured(graph, ["whole", "slices"])
+    form, ratios = choice.measured(ir.Graph([], [], nodes=[placeholder()]), ["whole", "slices"])
     assert ratios["whole"] == dict.fromkeys(map(str, choice.TOKENS), 1.0)
-    slower = min(ratios["slices"].values()) < choice.EVEN
-    assert form == "whole" if slower else form in ratios
+    assert ratios["slices"].keys() == ratios["whole"].keys()
+    assert form == choice.best(ratios)
+
+
+@pytest.mark.parametrize(
+    ("slices", "moe", "form"),
+    [
+        ((1.0, 2.0), (1.5, 1.6), "moe"),  # the larger product
+        ((1.0, 2.0), (0.9, 9.0), "slices"),  # slower somewhere is out, whatever it wins elsewhere
+        ((0.9, 2.0), (0.9, 9.0), "whole"),
+        ((0.98, 2.0), (0.9, 9.0), "slices"),  # a clock's noise is no slowness
+    ],
+)
+def test_the_form_that_is_taken_is_nowhere_slower(slices, moe, form):
+    ratios = {"whole": (1.0, 1.0), "slices": slices, "moe": moe}
+    assert choice.best({name: dict(zip("18", each, strict=True)) for name, each in ratios.items()}) == form
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -155,16 +167,17 @@ def test_fixed_shapes_take_the_whole(tiny, tmp_path):
     assert facts["experts"]["form"] == "whole"
 
 
-def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
-    """Every token of the traced sample chooses experts 0 and 1; others are asked for afterwards."""
-    checkpoint = tiny("mixtral", "text-generation")
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_all_experts_are_there_whatever_the_sample_chose(chosen, tiny, tmp_path):
+    """Every token of the traced sample chooses expert 0, or 0 and 1; others are asked for afterwards."""
+    checkpoint = tiny("mixtral", "text-generation", num_experts_per_tok=chosen)
     embedding = checkpoint.tensors["model.embed_tokens.weight"].clone()
     embedding[:50, 0], embedding[50:, 0] = 6.0, -6.0  # ids of the traced sample lie under 50
     checkpoint.tensors["model.embed_tokens.weight"] = embedding
     for name in list(checkpoint.tensors):
         if name.endswith("mlp.gate.weight"):
             router = 0.01 * checkpoint.tensors[name]
-            router[:2, 0], router[2:, 0] = 5.0, -5.0
+            router[:chosen, 0], router[chosen:, 0] = 5.0, -5.0
             checkpoint.tensors[name] = router
         if name.endswith(("post_attention_layernorm.weight", "input_layernorm.weight")):
             checkpoint.tensors[name] = checkpoint.tensors[name].abs() + 0.1
@@ -175,9 +188,9 @@ def test_all_experts_are_there_whatever_the_sample_chose(tiny, tmp_path):
             module.register_forward_hook(lambda _m, _a, out: hit.update(out[2].unique().tolist()))
     with torch.no_grad():
         model(torch.arange(7)[None])
-        assert hit == {0, 1}
+        assert hit == set(range(chosen))
         model(torch.arange(60, 70)[None])
-        assert hit == {0, 1, 2, 3}
+        assert hit > set(range(chosen))
     facts = Onnx(experts="slices").write(checkpoint, tmp_path, [np.arange(60, 80)] * 2)
     assert facts["parity"]["logits"]["error"] <= facts["parity"]["logits"]["limit"]
 

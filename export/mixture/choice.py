@@ -42,6 +42,8 @@ MOST: dict[Precision, float] = {"float32": 2 / 3, "int8": 2 / 3, "blocks": 0.4}
 """Share of chosen experts up to which it is."""
 EVEN = 0.97
 """A ratio to `whole` that passes for equal on a busy machine."""
+Speeds = dict[experts.Form, dict[str, float]]
+"""Of each form, as a multiple of the first one's, by tokens."""
 SUFFIX = {"float32": "", "int8": "-int8", "blocks": "-blocks"}
 
 
@@ -84,8 +86,8 @@ def pays(layout: Layout, precision: Precision) -> bool:
 
 
 def note_of(word: Word, form: experts.Form, layout: Layout, static: bool = False) -> tuple[str, ...]:
-    """What a user should know of the rule's answer: nothing, unless it keeps the dense form."""
-    if word != "auto" or static or not form.startswith("whole"):
+    """What a user should know of an answer that was not asked for: nothing, unless it keeps the dense form."""
+    if word not in ("auto", "measure") or static or not form.startswith("whole"):
         return ()
     size = f"{layout.families['ffn']} × {layout.families['hidden']}"
     return (
@@ -109,8 +111,8 @@ def candidates(precision: Precision, layout: Layout) -> list[experts.Form]:
     return [*found, "slices-blocks"] if precision == "int8" else found
 
 
-def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Form, dict[str, dict[str, float]]]:
-    """The best form for the graph's first placeholder, and all speeds as multiples of `forms[0]`'s, by tokens."""
+def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Form, Speeds]:
+    """The best form for the graph's first placeholder, and how fast each is."""
     import onnxruntime
 
     node = experts.placeholders(graph)[0]
@@ -119,7 +121,7 @@ def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Fo
     sessions = [
         onnxruntime.InferenceSession(ir.to_proto(alone(node, form)).SerializeToString(), options) for form in forms
     ]
-    ratios: dict[str, dict[str, float]] = {form: {} for form in forms}
+    ratios: Speeds = {form: {} for form in forms}
     for count in TOKENS:
         feed = drawn(node, count)
         times: list[list[float]] = [[] for _ in forms]
@@ -131,8 +133,13 @@ def measured(graph: ir.Graph, forms: Sequence[experts.Form]) -> tuple[experts.Fo
                     seconds.append(time.perf_counter() - began)
         for form, seconds in zip(forms, times, strict=True):
             ratios[form][str(count)] = statistics.median(a / b for a, b in zip(times[0], seconds, strict=True))
-    fair = [form for form in forms if min(ratios[form].values()) >= EVEN]
-    return max(fair, key=lambda form: math.prod(ratios[form].values())), ratios
+    return best(ratios), ratios
+
+
+def best(ratios: Speeds) -> experts.Form:
+    """The form with the largest mean ratio among those that are nowhere slower; the first, which is 1, is."""
+    fair = [form for form, each in ratios.items() if min(each.values()) >= EVEN]
+    return max(fair, key=lambda form: math.prod(ratios[form].values()))
 
 
 def alone(node: ir.Node, form: experts.Form) -> ir.Model:

@@ -46,6 +46,10 @@ Form = Literal[
 ]
 NEVER = -1e30
 """Logit of an expert that was not chosen."""
+SWIGLU: dict[str, Any] = {
+    "activation_type": "swiglu", "activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1,
+}  # fmt: skip
+"""How ONNX Runtime's operators are told of silu(gate) · up, gate and up woven."""
 
 
 def place(
@@ -138,8 +142,8 @@ def fill(graph: ir.Graph, form: Form) -> None:
         reads, writes, *bias = map(stored, stacks)
         act = str(node.attributes["activation"].value)
         made = Stacks(reads, writes, act, bias[0] if bias else None, nulls(node) > 0)
-        if form in ("moe", "qmoe"):
-            answer = operator(ops, x, index, weights, made, form, chosen(node))
+        if form in OPERATORS:
+            answer = OPERATORS[form](ops, x, index, weights, made, chosen(node))
         else:
             layout, _, how = form.partition("-")
             answer = LAYOUTS[layout](ops, x, index, weights, made, ARITHMETIC[how or "float32"])
@@ -261,12 +265,10 @@ def slices(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: S
 def whole(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Stacks, how: Arithmetic) -> ir.Value:
     """All experts as one FFN on every token, masked by their weights: the work of a dense model."""
     count, width, part = experts.writes.shape
-    rows = ops("Concat", ops.size(x), ops.constant([count + experts.nulls]), axis=0)
-    zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
-    spread = ops("ScatterElements", zeros, index, weights, axis=1)
+    gates = spread(ops, x, index, weights, count + experts.nulls, 0.0)
     if experts.nulls:
-        spread = ops("Slice", spread, ops.constant([0]), ops.constant([count]), ops.constant([1]))
-    mask = ops.unsqueeze(spread, 2)
+        gates = ops("Slice", gates, ops.constant([0]), ops.constant([count]), ops.constant([1]))
+    mask = ops.unsqueeze(gates, 2)
     read = how.read(ops, x)
     gate = how.whole(ops, read, experts.reads[:, :part].reshape(count * part, -1))
     if experts.bias is None:
@@ -294,45 +296,44 @@ def activated(ops: Ops, x: ir.Value, act: str) -> ir.Value:
 LAYOUTS = {"slices": slices, "whole": whole}
 
 
-def operator(
-    ops: Ops,
-    x: ir.Value,
-    index: ir.Value,
-    weights: ir.Value,
-    experts: Stacks,
-    form: Form,
-    chosen: int,
-) -> ir.Value:
-    """ONNX Runtime's own. MoE weights by a softmax over the chosen logits: it gets logarithms, and their sum after."""
-    gate_up, down = experts.reads, experts.writes
-    count, width = gate_up.shape[:2]
-    rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
-    woven = gate_up.reshape(count, 2, width // 2, -1).swapaxes(1, 2).reshape(count, width, -1)  # gate 0, up 0, gate 1 …
-    options: dict[str, Any] = {
-        "k": chosen,
-        "activation_type": "swiglu",
-        "activation_alpha": 1.0,
-        "activation_beta": 0.0,
-        "swiglu_fusion": 1,
-    }
-    if form == "moe":
-        never = ops("ConstantOfShape", rows, value=ir.tensor(np.array([NEVER], np.float32)))
-        logits = ops("ScatterElements", never, index, ops("Log", weights), axis=1)
-        stacks = ops.constant_array(woven), None, ops.constant_array(down)
-        options["normalize_routing_weights"] = 1
-        answer = ops("MoE", x, logits, *stacks, domain=CONTRIB, **options)
-        return ops("Mul", answer, ops("ReduceSum", weights, ops.constant([1]), keepdims=1))
-    zeros = ops("ConstantOfShape", rows, value=ir.tensor(np.zeros(1, np.float32)))
-    spread = ops("ScatterElements", zeros, index, weights, axis=1)
-    fill_up = -(width // 2) % BLOCK
-    stacks8: list[ir.Value | None] = []
-    for stack in (np.pad(woven, ((0, 0), (0, 2 * fill_up), (0, 0))), np.pad(down, ((0, 0), (0, 0), (0, fill_up)))):
+def moe(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Stacks, chosen: int) -> ir.Value:
+    """ONNX Runtime's MoE, which weights by a softmax over the chosen logits: it gets logarithms, and the sum after."""
+    logits = spread(ops, x, index, ops("Log", weights), len(experts.writes), NEVER)
+    stacks = ops.constant_array(woven(experts.reads)), None, ops.constant_array(experts.writes)
+    answer = ops("MoE", x, logits, *stacks, domain=CONTRIB, k=chosen, normalize_routing_weights=1, **SWIGLU)
+    return ops("Mul", answer, ops("ReduceSum", weights, ops.constant([1]), keepdims=1))
+
+
+def qmoe(ops: Ops, x: ir.Value, index: ir.Value, weights: ir.Value, experts: Stacks, chosen: int) -> ir.Value:
+    """ONNX Runtime's QMoE, eight bits in blocks, widths padded to whole ones; its last input are the weights."""
+    gates = spread(ops, x, index, weights, len(experts.writes), 0.0)
+    fill_up = -experts.writes.shape[2] % BLOCK
+    up = np.pad(woven(experts.reads), ((0, 0), (0, 2 * fill_up), (0, 0)))
+    down = np.pad(experts.writes, ((0, 0), (0, 0), (0, fill_up)))
+    stacks: list[ir.Value | None] = []
+    for stack in (up, down):
         small, scale = blocks(stack.reshape(-1, stack.shape[2]))
-        stacks8 += [
+        stacks += [
             ops.constant_array(small.reshape(*stack.shape)),
             ops.constant_array(scale.reshape(*stack.shape[:2], -1)),
             None,
         ]
-    options |= {"expert_weight_bits": 8, "block_size": BLOCK, "normalize_routing_weights": 0}
+    options = {"k": chosen, "expert_weight_bits": 8, "block_size": BLOCK, "normalize_routing_weights": 0, **SWIGLU}
     unused = [None] * 6
-    return ops("QMoE", x, spread, *stacks8, *unused, spread, domain=CONTRIB, **options)
+    return ops("QMoE", x, gates, *stacks, *unused, gates, domain=CONTRIB, **options)
+
+
+def spread(ops: Ops, x: ir.Value, index: ir.Value, values: ir.Value, count: int, rest: float) -> ir.Value:
+    """Values of the chosen experts `[n, k]` by expert, `[n, count]`; `rest` where an expert is not chosen."""
+    rows = ops("Concat", ops.size(x), ops.constant([count]), axis=0)
+    others = ops("ConstantOfShape", rows, value=ir.tensor(np.array([rest], np.float32)))
+    return ops("ScatterElements", others, index, values, axis=1)
+
+
+def woven(reads: np.ndarray) -> np.ndarray:
+    """Gate over up `[experts, 2 · ffn, hidden]` as the operators read them, gate 0, up 0, gate 1 and so on."""
+    count, width, hidden = reads.shape
+    return reads.reshape(count, 2, width // 2, hidden).swapaxes(1, 2).reshape(count, width, hidden)
+
+
+OPERATORS = {"moe": moe, "qmoe": qmoe}

@@ -39,31 +39,50 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
 ids = torch.randint(4, 100, (3, 14), generator=torch.Generator().manual_seed(5))
-def logits(path, dtype):
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
+x = torch.randn(4096, 48, generator=torch.Generator().manual_seed(3))
+def opened(path, dtype=torch.float32, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     with torch.no_grad():
-        return model(ids).logits.double(), wrong, type(model).__name__
+        logits = model(ids).logits.double()
+    return model, {key: sorted(map(str, names)) for key, names in info.items() if names}, logits
+def kept(model):
+    "Share of a router's choices, by the order of its logits, that its class repeats."
+    same = wanted = 0
+    for name, router in model.named_modules():
+        if name.endswith((".gate", ".router")) and hasattr(router, "top_k"):
+            order = (x.double() @ router.weight.double().T).topk(router.top_k, dim=1).indices
+            same += int((order[:, :, None] == router(x)[2][:, None]).sum())
+            wanted += order.numel()
+    return same / wanted
 found = []
 for number in range(int(sys.argv[2])):
-    exact = logits(f"{sys.argv[1]}/{number}/dense", torch.float64)[0]
-    single = logits(f"{sys.argv[1]}/{number}/dense", torch.float32)[0]
-    moe, wrong, name = logits(f"{sys.argv[1]}/{number}/moe", torch.float32)
-    found.append({"own": float((single - exact).abs().max()), "error": float((moe - exact).abs().max()),
-                  "wrong": wrong, "class": name})
+    path = f"{sys.argv[1]}/{number}"
+    exact, single = (opened(f"{path}/dense", dtype)[2] for dtype in (torch.float64, torch.float32))
+    moe, wrong, logits = opened(f"{path}/all")
+    routed, missing, fewer = opened(f"{path}/routed")
+    more = opened(f"{path}/routed", num_experts_per_tok=4 - int(open(f"{path}/shared").read()))[2]
+    found.append({"own": float((single - exact).abs().max()), "error": float((logits - exact).abs().max()),
+                  "wrong": wrong | missing, "class": type(moe).__name__, "kept": kept(routed),
+                  "fewer": float((fewer - exact).abs().max() / exact.abs().max()),
+                  "more": float((more - exact).abs().max() / exact.abs().max())})
 print("FOUND", json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory, tiny, converted) -> list[dict]:
-    """Every case with all experts active, saved, and opened by plain transformers in another process."""
+    """Every case with all experts active, and with a router among four, opened by plain transformers in another
+    process."""
     root = tmp_path_factory.mktemp("exact")
     for number, (name, variant, config, options, _) in enumerate(CASES):
-        checkpoint = tiny(name, "text-generation", variant=variant, **config)
-        checkpoint.save(root / str(number) / "dense")
+        checkpoint, folder = tiny(name, variant=variant, **config), root / str(number)
+        checkpoint.save(folder / "dense")
         converted(checkpoint, active=4, refit=False, **options)
-        checkpoint.save(root / str(number) / "moe")
+        checkpoint.save(folder / "all")
+        checkpoint = tiny(name, variant=variant, **config)
+        details = converted(checkpoint, active=2, refit=False, **options)
+        checkpoint.save(folder / "routed")
+        (folder / "shared").write_text(str(details["shared"]))
     code = [sys.executable, "-c", RELOAD, str(root), str(len(CASES))]
     answer = subprocess.run(code, capture_output=True, text=True, timeout=300, check=False, cwd=root)
     assert answer.returncode == 0, answer.stderr[-2000:]
@@ -77,6 +96,15 @@ def test_all_experts_are_the_dense_model_in_a_fresh_process(reloaded, number):
     assert found["wrong"] == {}
     assert found["class"].lower().startswith(CASES[number][4].replace("_", ""))
     assert found["error"] <= 2 * found["own"], found
+    assert found["fewer"] > 1e-2
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c[0]}-{c[1]}-{c[4]}-{i}" for i, c in enumerate(CASES)])
+def test_the_shipped_router_chooses_in_a_fresh_process_as_its_logits_say(reloaded, number):
+    """And where the class lets the number of experts be changed at load, all of them are nearly the dense model."""
+    found, free = reloaded[number], CASES[number][4] in ("qwen2_moe", "qwen3_moe", "glm4_moe")
+    assert found["kept"] >= 0.999
+    assert (found["more"] < 0.02) == free
 
 
 def test_fewer_experts_differ(tiny, converted, output):

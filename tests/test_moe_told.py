@@ -101,7 +101,16 @@ def test_where_pruning_is_as_good_the_details_say_so(tiny, converted, planted):
     assert not said
 
 
-def test_a_trial_is_the_loss_of_the_stored_class(tiny, converted, samples):
+@pytest.mark.parametrize(
+    ("source", "target", "shared", "weights"),
+    [
+        ("llama", "qwen2_moe", 1, "softmax"),
+        ("llama", "mixtral", 0, "softmax, normalised"),
+        ("granite", "granite_moe_shared", 1, "softmax of chosen"),
+        ("qwen3", "glm4_moe", 1, "sigmoid"),
+    ],
+)
+def test_a_trial_is_the_loss_of_the_stored_class(source, target, shared, weights, tiny, converted, samples):
     from tersor.compress.calibration.batches import batches
     from tersor.compress.calibration.loss import judge
     from tersor.compress.calibration.side import Side
@@ -109,16 +118,16 @@ def test_a_trial_is_the_loss_of_the_stored_class(tiny, converted, samples):
     from tersor.compress.moe.cut import Cut
     from tersor.compress.moe.trial import Trial
 
-    checkpoint = tiny("granite")
+    checkpoint = tiny(source)
     layout, model = checkpoint.layout, checkpoint.model()
     data, judged = batches(samples(), layout), batches(samples(8, 20, seed=3), layout)
     with torch.no_grad():
         side = Side.at_start(model, layout, data)
-    method = Method(weights="softmax of chosen")
+    method, width = Method(weights=weights), layout.families["ffn"]
     simulated = Trial(model, layout, judged).follow(
-        convert(side, layout, Cut(64, 4, 2, 1), method, data, 0, lambda items, _: items)
+        convert(side, layout, Cut(width, 4, 2, shared), method, data, 0, lambda items, _: items)
     )
-    converted(checkpoint)
+    converted(checkpoint, target=target, shared=shared)
     stored = judge(checkpoint.model(), None, checkpoint.layout, judged)
     assert simulated == pytest.approx(stored, rel=1e-5)
     assert abs(judge(model, None, layout, judged) - stored) > 1e-3

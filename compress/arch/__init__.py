@@ -75,6 +75,9 @@ class Branch:
     """Blocks whose branch reads the stream without a norm."""
 
 
+Weights = Literal["softmax", "softmax, normalised", "softmax of chosen", "sigmoid", "one"]
+
+
 @dataclass(frozen=True)
 class Experts:
     """The routed experts of a block: y = Σ over the chosen e of weight(e) · down_e (act(gate_e x) ∘ up_e x).
@@ -85,8 +88,10 @@ class Experts:
         down: the parameter `[experts, hidden, ffn]`.
         count: config attribute that counts the experts.
         active: config attribute that counts the chosen ones.
-        weights: how a chosen expert's weight comes from the logits: its share of a softmax over all (`softmax`) or
-            over the chosen (`softmax of chosen`), its sigmoid, or not at all (`one`).
+        weights: how a chosen expert's weight comes from the logits: its share of a softmax over all (`softmax`), made
+            to sum to one over the chosen (`softmax, normalised`: the same number as a softmax over the logits of the
+            chosen, `softmax of chosen`, but chosen among probabilities, which tie sooner), its sigmoid, or not at all
+            (`one`).
         gated: whether there is a gate; if not, `gate_up` is up alone, `[experts, ffn, hidden]`.
     """
 
@@ -94,7 +99,7 @@ class Experts:
     gate_up: str
     down: str
     count: str
-    weights: Literal["softmax", "softmax of chosen", "sigmoid", "one"]
+    weights: Weights
     active: str = "num_experts_per_tok"
     gated: bool = True
 

@@ -14,7 +14,7 @@ ARCHITECTURE = replace(
     axes=(Axis("hidden", EIGHT), Axis("ffn", EIGHT), Axis("kv_heads")),
     params=(*(p for p in MISTRAL.params if ".mlp." not in p.name), *ROUTED),
     branches=(LLAMA.branches[0], ROUTED_BRANCH),
-    experts=replace(EXPERTS, count="num_local_experts", weights="softmax of chosen"),
+    experts=replace(EXPERTS, count="num_local_experts", weights="softmax, normalised"),
     settings={
         **MISTRAL.settings,
         **{name: values for name, values in ROUTING.items() if name not in ("norm_topk_prob", "intermediate_size")},

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ..arch import Weights
 from .activations import Ffn, Tokens
 from .cut import Cut
 
@@ -48,7 +48,6 @@ SCALES = range(-24, 3)
 """Exponents of two that are tried."""
 RATED = 10
 """Units that a token marks as its most active (CMoE's K)."""
-Weights = Literal["softmax", "softmax of chosen", "sigmoid", "one"]
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x `[n, hidden]`, h `[n, ffn]` in the partition's order) → scores `[n, routed]`."""
 
@@ -175,20 +174,25 @@ def weigh(logits: torch.Tensor, count: int, weights: Weights) -> torch.Tensor:
     if weights == "one":
         return choose(logits, count).float()
     found = ranked(logits, weights).topk(count, dim=1)
-    values = found.values.softmax(1) if weights == "softmax of chosen" else found.values
+    values = found.values
+    if weights == "softmax of chosen":
+        values = values.softmax(1)
+    if weights == "softmax, normalised":
+        values = values / values.sum(1, keepdim=True)
     return torch.zeros_like(logits).scatter_(1, found.indices, values)
 
 
 def ranked(logits: torch.Tensor, weights: Weights) -> torch.Tensor:
     """What a stock class takes the largest of, `[n, routed]`."""
-    if weights == "softmax":
+    if weights in ("softmax", "softmax, normalised"):
         return logits.softmax(1)
     return logits.sigmoid() if weights == "sigmoid" else logits
 
 
 def constant(cut: Cut, weights: Weights) -> float:
     """The weight of a chosen part when all logits are zero."""
-    return {"softmax": 1 / cut.routed, "softmax of chosen": 1 / cut.chosen, "sigmoid": 0.5, "one": 1.0}[weights]
+    chosen = dict.fromkeys(("softmax, normalised", "softmax of chosen"), 1 / cut.chosen)
+    return {"softmax": 1 / cut.routed, **chosen, "sigmoid": 0.5, "one": 1.0}[weights]
 
 
 def kept(

@@ -4,7 +4,7 @@
     qwen2_moe          1 / routed (softmax)                    × routed in down                     free
     glm4_moe           1 / 2 (sigmoid)                         routed_scaling_factor = 2            free
     qwen3_moe          1 / routed (softmax)                    × routed in down                     free
-    mixtral            1 / chosen (softmax of chosen)          × chosen in down                     fixed
+    mixtral            1 / chosen (softmax, normalised)        × chosen in down                     fixed
     granite_moe_shared 1 / chosen (softmax of chosen)          × chosen in down                     fixed
 
 qwen2_moe gates its shared expert by a sigmoid: its weight is zero, so it gives 1 / 2, and down is doubled. A class

@@ -49,9 +49,27 @@ def test_a_dead_expert_is_refused(tiny, converted):
         converted(checkpoint, experts=32, active=1, shared=0)
 
 
+def test_a_refit_that_fills_zeros_says_so(tiny, converted):
+    def said(checkpoint: Checkpoint, **options) -> list[str]:
+        return [line for line in converted(checkpoint, **options)["warnings"] if "fills the zeros" in line]
+
+    def sparse() -> Checkpoint:
+        checkpoint = tiny("llama")
+        for name in list(checkpoint.tensors):
+            if name.endswith("down_proj.weight"):
+                checkpoint.tensors[name] = checkpoint.tensors[name].clone()
+                checkpoint.tensors[name][:, ::2] = 0
+        return checkpoint
+
+    assert said(sparse()) == ["the refit fills the zeros of the down projections (50%): prune weights behind `moe`"]
+    assert not said(sparse(), refit=False)
+    assert not said(tiny("llama"))
+
+
 def test_the_plan_is_what_comes_out(tiny, converted):
     checkpoint = tiny("llama", intermediate_size=60)
     forecast = Moe(experts=4, active=3).requires(checkpoint.layout)
+    assert forecast.notes[0] == "qwen2_moe: 3 experts of 16 units (15 and zeros), 2 chosen by token, 1 shared"
     assert forecast.notes[-1] == "a token uses 45 of 60 FFN units (75%)"
     converted(checkpoint, active=3)
     assert checkpoint.layout.parameters == forecast.layout.parameters

@@ -16,7 +16,7 @@ is the work for a token. A killed conversion goes on with the block it was at (m
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,11 +33,10 @@ from ..deferred import Store, trim
 from ..errors import PreflightError, RecipeError
 from ..layout import Layout
 from ..moe.activations import HELD, ffn_branch
-from ..moe.block import Block
 from ..moe.convert import Method, convert
 from ..moe.cut import Cut
 from ..moe.progress import Progress
-from ..moe.router import KEPT
+from ..moe.record import described, refuse_idle, warned, zeros_of
 from ..moe.targets import Target, ffn_names, find_target, restated, stored
 from ..moe.trial import bounds, by_count, by_threshold
 from ..pass_ import STRICT, Context, Forecast, Pass
@@ -103,7 +102,9 @@ class Moe(Pass):
         units = self.active * cut.part
         width = cut.part if target.own else cut.padded
         notes = [
-            f"{target.model_type}: {cut.routed} experts of {width} units, {cut.chosen} chosen by token"
+            f"{target.model_type}: {cut.routed} experts of {width} units"
+            + (f" ({cut.part} and zeros)" if width > cut.part else "")
+            + f", {cut.chosen} chosen by token"
             + (f" on average, {cut.most} at most" if cut.most else "")
             + (f", {cut.shared} shared" if cut.shared else ""),
             f"a token uses {units} of {cut.width} FFN units ({units / cut.width:.0%})"
@@ -131,7 +132,7 @@ class Moe(Pass):
             side = Side.at_start(model, layout, fitted)
         for block in convert(side, layout, cut, method, fitted, context.seed, context.track, progress=progress):
             number = len(progress.details)
-            if not cut.most:  # a budget may leave an expert out, and `_warnings` says so
+            if not cut.most:  # a budget may leave an expert out, and `warned` says so
                 refuse_idle(block, number)
             progress.add(stored(block, after, target, number), block.details)
             if checkpoint.lean:
@@ -143,6 +144,8 @@ class Moe(Pass):
             losses |= bounds(model, layout, cut, method, fitted, judged, context.seed, context.track)
         original = None if layout.task == "text-generation" else model  # text judges a language model, not its like
         del model, side
+        short = too_few_tokens(layout, context.calibration) if self.refit else []
+        zeros = zeros_of(checkpoint) if self.refit else 0.0
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in ffn_names(layout)}
         checkpoint.become(after, kept | progress.tensors)
         compared = self._compared(checkpoint, original, cut, target, judged, losses) if losses else {}
@@ -156,7 +159,7 @@ class Moe(Pass):
             active_share=cut.active / cut.experts,
             k_at_load="a threshold" if cut.most else "free" if target.free else "fixed",
             **described(progress.details),
-            warnings=self._warnings(progress.details, compared.get("loss"), cut, layout, context),
+            warnings=[*short, *warned(progress.details, cut, layout.dtype, zeros, compared.get("loss"))],
             seconds={"convert": converted - began, "compare": time.perf_counter() - converted},
         )
 
@@ -267,45 +270,6 @@ class Moe(Pass):
             ]
         return found
 
-    def _warnings(
-        self,
-        blocks: Sequence[Mapping[str, Any]],
-        loss: Mapping[str, float] | None,
-        cut: Cut,
-        layout: Layout,
-        context: Context,
-    ) -> list[str]:
-        """What a user should know of the converted blocks and, where it was compared, of the loss."""
-        found = too_few_tokens(layout, context.calibration) if self.refit else []
-        idle = {number: idle_parts(block) for number, block in enumerate(blocks)}
-        if any(idle.values()):
-            said = "; ".join(f"block {number}: {parts}" for number, parts in idle.items() if parts)
-            found.append(f"experts that no calibration token chooses ({said})")
-        lost = [number for number, block in enumerate(blocks) if block["kept"] < KEPT]
-        if lost:
-            found.append(f"the router of blocks {lost} keeps fewer than {KEPT:.1%} of its choices in {layout.dtype}")
-        if loss and loss["pruned"] <= loss["experts"]:
-            found.append(
-                f"FFNs pruned to {cut.active / cut.experts:.0%} of their units lose no more (a loss of "
-                f"{loss['pruned']:.4g} against {loss['experts']:.4g}) and need no router: use `slice` on ffn"
-            )
-        return found
-
-
-def described(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was measured on the calibration tokens, by block, as the report draws it."""
-    fit = ("left_before", "left_after", "oracle_agreement")
-    return {
-        "active_per_layer": [block["active"] for block in blocks],
-        "fit_per_layer": {n.replace("_", " "): [block[n] for block in blocks] for n in fit if n in blocks[0]},
-        "load_per_layer": {
-            "busiest": [max(block["load"]) for block in blocks],
-            "idlest": [min(block["load"]) for block in blocks],
-        },
-        "load": [{f"expert {n}": share for n, share in enumerate(block["load"])} for block in blocks],
-        "router": [{name: block[name] for name in ("scale", "kept", "weight_error")} for block in blocks],
-    }
-
 
 def working_memory(layout: Layout, refit: bool) -> int:
     """Bytes beside the weights, for up to `CALIBRATED` tokens: streams, activations, a block's weights and its fit."""
@@ -327,24 +291,3 @@ def weights_folder(context: Context) -> Path | None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def idle_parts(details: Mapping[str, Any]) -> list[int]:
-    """Routed parts of a block, by its details, that no calibration token uses."""
-    return [part for part, share in enumerate(details["load"]) if share == 0]
-
-
-def refuse_idle(block: Block, number: int) -> None:
-    """Refuse a part that no calibration token uses.
-
-    Raises:
-        PreflightError: names the block and the part.
-    """
-    idle = idle_parts(block.details)
-    if idle:
-        raise PreflightError(
-            f"moe: block {number}",
-            f"experts {idle} that no calibration token chooses",
-            "every expert in use",
-            "Use fewer experts, more active ones, or more calibration text.",
-        )

@@ -217,7 +217,7 @@ def smallest_scale(router: torch.Tensor, x: torch.Tensor, weights: Weights, dtyp
     Returns:
         the scale, and the share of the selections that it keeps.
     """
-    stored = router.to(dtype)  # a power of two changes no digit of it
+    stored = router.to(dtype)  # a power of two changes no digit of it, but in float16, where `kept` sees what is lost
     wanted, logits = places(x.double() @ stored.double().T), x.float() @ stored.float().T
     best = (1.0, 0.0)
     for exponent in SCALES:

@@ -4,6 +4,8 @@
         [--only ours oracle …] [--recover STEPS] [--rate 2e-3] [--plot FILE]
     python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
     python benchmarks/moe.py model CHECKPOINT [--experts 16] [--active 4] [--threads 1 2]
+    python benchmarks/moe.py forms [--precision float32|int8|blocks]
+    python benchmarks/moe.py steps
 
 Quality: the text in windows of 256 tokens; of the first 60 %, 128 (drawn anew for each seed) calibrate, of the rest
 96 are scored, in float32. `excess` is the loss in nats a token above the dense model's; of an encoder, one minus the
@@ -26,11 +28,14 @@ its scoring.
 
 Speed: one FFN in ONNX Runtime in its forms, interleaved, medians of ratios to the dense float32 FFN. Model: the whole
 checkpoint, dense and converted, both exported; times as fast as dense, by tokens in the call, and each block's load.
+Forms and steps: what two rules rest on, when to export experts as one FFN (export/mixture/choice.py) and when to train
+them as one (compress/moe/whole.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -47,6 +52,7 @@ from tersor.compress.calibration.batches import batches
 from tersor.compress.calibration.loss import judge
 from tersor.compress.calibration.side import Side
 from tersor.compress.checkpoint import Checkpoint
+from tersor.compress.moe import whole
 from tersor.compress.moe.convert import Method, convert
 from tersor.compress.moe.cut import Cut
 from tersor.compress.moe.trial import Trial
@@ -241,6 +247,14 @@ SHAPES = [
 """Hidden width, FFN width, experts, chosen ones: from where choosing costs more than it saves to where it pays."""
 
 
+STEPS = [
+    *((64, 344, 43, 5), (64, 344, 43, 10), (64, 344, 43, 21), (256, 512, 64, 16), (256, 512, 32, 8), (256, 512, 16, 2)),
+    *((256, 512, 16, 4), (256, 512, 16, 8), (768, 3072, 64, 16), (768, 3072, 16, 4)),
+    *((768, 3072, 8, 2), (768, 3072, 8, 4)),
+]
+"""The same for training."""
+
+
 def forms(precision: choice.Precision) -> None:
     """What the rule of mixture/choice.py rests on: skipping experts against computing all of them."""
     best: experts.Form = "qmoe" if precision == "blocks" else f"slices{choice.SUFFIX[precision]}"  # type: ignore[assignment]
@@ -255,6 +269,41 @@ def forms(precision: choice.Precision) -> None:
         word = best if active / parts <= choice.MOST[precision] and saved >= choice.PAYS[precision] else base
         figures = " | ".join(f"{ratio:.2f}" for ratio in ratios[best].values())
         print(f"| {width}, {ffn}, {parts}, {active} | {saved:,} | {figures} | {word} |", flush=True)
+
+
+def steps() -> None:
+    """What the rule of compress/moe/whole.py rests on: experts trained as one masked FFN against transformers' way."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    print("a training step's processor seconds, transformers' grouped products by one masked FFN's; one thread\n")
+    print("| hidden, ffn, experts, chosen | float32 | bfloat16 | rule |\n| --- | ---: | ---: | --- |")
+    ids = torch.randint(0, 512, (8, 256), generator=torch.Generator().manual_seed(0))
+    for hidden, ffn, parts, active in STEPS:
+        torch.manual_seed(0)
+        config = Qwen2MoeConfig(
+            **{"hidden_size": hidden, "moe_intermediate_size": ffn // parts, "shared_expert_intermediate_size": 8},
+            **{"num_experts": parts, "num_experts_per_tok": active, "num_hidden_layers": 2, "vocab_size": 512},
+            **{"num_attention_heads": 4, "num_key_value_heads": 4},
+        )
+        grouped, masked = (Qwen2MoeForCausalLM(copy.deepcopy(config)) for _ in range(2))
+        whole.use(masked)
+        ratios, rules = [], []
+        for in_bfloat16 in (False, True):
+            found = []
+            for number in range(6):
+                spent = []
+                for trained in (grouped, masked):
+                    began = time.process_time()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+                        loss = trained(input_ids=ids, labels=ids).loss
+                    loss.backward()
+                    trained.zero_grad()
+                    spent.append(time.process_time() - began)
+                if number:
+                    found.append(spent[0] / spent[1])
+            ratios.append(f"{statistics.median(found):.2f}")
+            rules.append("masked" if whole.pays(parts, active, ffn // parts, in_bfloat16) else "grouped")
+        print(f"| {hidden}, {ffn}, {parts}, {active} | {' | '.join(ratios)} | {', '.join(rules)} |", flush=True)
 
 
 def random_llama() -> Checkpoint:
@@ -336,8 +385,12 @@ def main() -> None:
     third.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     rule = kinds.add_parser("forms")
     rule.add_argument("--precision", choices=list(choice.PAYS), default="float32")
+    kinds.add_parser("steps")
     given = parser.parse_args()
-    if given.kind == "forms":
+    if given.kind == "steps":
+        torch.set_num_threads(1)
+        steps()
+    elif given.kind == "forms":
         forms(given.precision)
     elif given.kind == "quality":
         torch.set_num_threads(1)

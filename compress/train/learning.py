@@ -121,7 +121,9 @@ class Learning(Training):
             )
             text = [*text, *drawn]
         model: Any = copy.deepcopy(checkpoint.model()).requires_grad_(True)
-        self._attend([each for each in (model, teacher) if each is not None], max(map(len, text)))
+        self._arrange(model, layout, max(map(len, text)))
+        if teacher is not None and context.original is not None:
+            self._arrange(teacher, context.original.layout, max(map(len, text)))
         data = rows(model, layout, text, self.width)
         if self.redrawn:
             from torch import autocast, bfloat16
@@ -137,13 +139,15 @@ class Learning(Training):
             objective = Distillation(teacher, self.distill, self.temperature, self.hidden)
         return Lesson(model, data, objective, keeps)
 
-    def _attend(self, models: Sequence[Any], longest: int) -> None:
-        """Plain attention where torch's fused one is slower."""
+    def _arrange(self, model: Any, layout: Layout, longest: int) -> None:
+        """Plain attention where torch's fused one is slower, and experts in the form that trains fastest."""
         import torch
 
+        from ..moe import whole
+
         if self.in_bfloat16 and not torch.cuda.is_available() and longest <= SHORT:
-            for model in models:
-                model.set_attn_implementation("eager")
+            model.set_attn_implementation("eager")
+        whole.arrange(model, layout, self.in_bfloat16)
 
 
 @plain_dataclass(eq=False)

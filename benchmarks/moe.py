@@ -1,7 +1,7 @@
 """Dense to mixture of experts: what a token's quality costs at a share of the FFN, and what the share buys in time.
 
     python benchmarks/moe.py quality CHECKPOINT TEXT [--experts 16] [--active 0.25 0.5 0.75] [--seeds 3] [--windows 128]
-        [--only ours oracle …] [--recover STEPS] [--rate 2e-3] [--plot FILE]
+        [--only ours oracle …] [--recover STEPS] [--rate 2e-3] [--redrawn 0.25] [--plot FILE]
     python benchmarks/moe.py speed [--width 768] [--ffn 3072] [--experts 8] [--active 2] [--threads 1 2]
     python benchmarks/moe.py model CHECKPOINT [--experts 16] [--active 4] [--threads 1 2]
     python benchmarks/moe.py forms [--precision float32|int8|blocks]
@@ -22,7 +22,7 @@ its scoring.
     ours            what `moe` does by default: without its refit, with it, with 1000 steps of distillation before, and
                     where the FFN has no gate as many experts as are worth it, on average the same number (`dynamic`);
                     with --recover, so many steps of training from end to end behind the distilled one, at --rate on
-                    text redrawn by half
+                    text of which the dense model draws the share --redrawn anew
     MLP router      ours with the refit and MoEfication's router: what a linear one gives up
     oracle          ours with the refit and a router that knows the importances
 
@@ -132,7 +132,7 @@ def quality(given: argparse.Namespace) -> None:
                 made, began = Checkpoint(layout, dict(checkpoint.tensors), checkpoint.tokenizer), time.process_time()
                 options.apply(made, Context(calibration, seed=seed))
                 if trained:
-                    learning = Recover(steps=given.recover, batch=8, learning_rate=given.rate, redrawn=0.5)
+                    learning = Recover(steps=given.recover, batch=8, learning_rate=given.rate, redrawn=given.redrawn)
                     learning.apply(made, Context(calibration, seed=seed, original=checkpoint))
                 spent.setdefault((share, name), []).append(time.process_time() - began)
                 with tempfile.TemporaryDirectory() as beside:
@@ -373,6 +373,7 @@ def main() -> None:
     one.add_argument("--only", nargs="+", choices=[*METHODS, *OURS], default=[])
     one.add_argument("--recover", type=int, default=0)
     one.add_argument("--rate", type=float, default=2e-3)
+    one.add_argument("--redrawn", type=float, default=0.25)
     one.add_argument("--plot", type=Path)
     other = kinds.add_parser("speed")
     for name, value in (("width", 768), ("ffn", 3072), ("experts", 8), ("active", 2)):

@@ -39,6 +39,12 @@ def test_distillation_without_a_refit_is_refused(tiny):
         Moe(4, 2, refit=False, distill_steps=10).requires(tiny("llama").layout)
 
 
+def test_distillation_with_nothing_to_learn_is_refused(tiny):
+    with pytest.raises(RecipeError, match="nothing to learn"):
+        Moe(4, 4, distill_steps=10).requires(tiny("llama").layout)
+    assert Moe(4, 3, distill_steps=10).requires(tiny("llama").layout)
+
+
 def test_a_dead_expert_is_refused(tiny, converted):
     checkpoint = tiny("llama")
     for name in list(checkpoint.tensors):

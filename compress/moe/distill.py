@@ -26,7 +26,9 @@ from .router import choose
 RATE = 5e-3
 """Of Adam, in units of a matrix' root mean square."""
 ROUTER_RATE = 2e-3
+"""The router's, in the same units."""
 BATCH = 512
+"""Tokens of a step."""
 SOFTNESS = 0.3
 """Width of the sigmoid that lends the choice a gradient; logits have unit deviation."""
 

@@ -186,6 +186,8 @@ class Moe(Pass):
         """
         if self.distill_steps and not self.refit:
             raise RecipeError("moe: distill_steps", "distillation with refit: false", "refit: true, which ends it")
+        if self.distill_steps and self.active == self.experts:
+            raise RecipeError("moe: distill_steps", "every expert active: nothing to learn", "fewer active ones, or 0")
         if self.most is not None and not self.dynamic:
             raise RecipeError("moe: most", f"{self.most} without dynamic", "dynamic: true, or none")
         if self.dynamic and self.active == self.experts:

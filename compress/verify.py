@@ -7,10 +7,12 @@ refused there instead. Files are held against the hashes of the run, and every p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,19 @@ model = getattr(transformers, auto).from_pretrained(directory, dtype="auto").eva
 with torch.no_grad():
     output = model(**{k: torch.from_numpy(v) for k, v in numpy.load(inputs).items()})[0]
 assert "tersor" not in sys.modules
-numpy.save(out, output.float().numpy())
+numpy.savez(out, output.float().numpy())
 """
 STOCK_ORT = """
-import sys, numpy, onnxruntime
-out, model, inputs = sys.argv[1:]
-session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+import os, sys, numpy, onnxruntime
+out, model, inputs, *asked = sys.argv[1:]
+opened, options = model, onnxruntime.SessionOptions()
+if asked:
+    import onnx
+    opened = onnx.load(model, load_external_data=False)
+    opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+    opened = opened.SerializeToString()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.path.dirname(model))
+session = onnxruntime.InferenceSession(opened, options, providers=["CPUExecutionProvider"])
 names = {i.name: i.shape for i in session.get_inputs()}
 feed = {k: v for k, v in numpy.load(inputs).items() if k in names}
 if "position_ids" in names:
@@ -43,7 +52,8 @@ rows = len(next(iter(feed.values())))
 for name, shape in names.items():
     if name.startswith("past_key_values."):
         feed[name] = numpy.zeros((rows, shape[1], 0, shape[3]), numpy.float32)
-numpy.save(out, session.run(None, feed)[0])
+first = session.get_outputs()[0].name
+numpy.savez(out, *session.run([first, *asked], feed))
 assert "tersor" not in sys.modules
 """
 
@@ -141,16 +151,15 @@ def _inputs(model: Path) -> dict[str, np.ndarray]:
     return found | ({"token_type_ids": np.zeros_like(ids)} if layout.arch.token_types else {})
 
 
-def _fresh(script: str, *arguments: str) -> np.ndarray:
-    """Run a script in a fresh interpreter; it writes one array."""
+def _fresh(script: str, *arguments: str) -> list[np.ndarray]:
+    """Run a script in a fresh interpreter; it writes arrays."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.npy"
+        out = Path(folder) / "out.npz"
         command = [sys.executable, "-c", script, str(out), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise PreflightError("fresh process", done.stderr.strip().splitlines()[-1], "a model that opens")
-        found: np.ndarray = np.load(out)
-        return found
+        return list(np.load(out).values())
 
 
 def _stock_model(model: Path, inputs: dict[str, np.ndarray]) -> Finding:
@@ -170,7 +179,7 @@ def _stock_model(model: Path, inputs: dict[str, np.ndarray]) -> Finding:
         path = Path(folder) / "inputs.npz"
         np.savez(path, **inputs)  # type: ignore[arg-type]
         try:
-            theirs = _fresh(STOCK_TRANSFORMERS, str(model), auto, str(path), str(torch.get_num_threads()))
+            [theirs] = _fresh(STOCK_TRANSFORMERS, str(model), auto, str(path), str(torch.get_num_threads()))
         except PreflightError as error:
             return Finding(what, own, "" if own else error.found)
     if own:
@@ -180,33 +189,43 @@ def _stock_model(model: Path, inputs: dict[str, np.ndarray]) -> Finding:
 
 
 def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) -> Finding:
-    """Stock ORT against float64 torch, over real tokens, by the exporter's own parity rule."""
+    """Stock ORT against float64 torch, over real tokens, by the exporter's own parity rule.
+
+    Where experts are chosen, torch computes on the artifact's choices, which are held to their scores.
+    """
     import torch
 
     from .checkpoint import Checkpoint
     from .evaluate import output_of
+    from .moe.routing import Routing, differences
 
     what = f"{artifact.name}: stock ONNX Runtime agrees with the checkpoint"
     described = json.loads((artifact / "artifact.json").read_text("utf-8"))
     if not described.get("parity") or described.get("precision") != "float32":
         return Finding(what, True, "judged by its gate, not by parity")
     checkpoint = Checkpoint.load(model)
-    tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
-
-    def run(dtype: torch.dtype) -> np.ndarray:
-        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-        answer: np.ndarray = checkpoint.model(dtype)(**cast)[0].numpy()
-        return answer
-
-    with torch.no_grad():
-        exact, single = run(torch.float64), run(torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inputs.npz"
         np.savez(path, **inputs)  # type: ignore[arg-type]
+        asked = described.get("experts", {}).get("choices", [])
         try:
-            found = _fresh(STOCK_ORT, str(artifact / "model.onnx"), str(path))
+            found, *choices = _fresh(STOCK_ORT, str(artifact / "model.onnx"), str(path), *asked)
         except PreflightError as error:
             return Finding(what, False, error.found)
+    tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    given = _everywhere(choices, inputs["attention_mask"] > 0) if choices else None
+
+    def run(dtype: torch.dtype) -> tuple[np.ndarray, Routing | None]:
+        cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+        routing = None if given is None else Routing.of(checkpoint.layout, given)
+        with torch.no_grad(), routing or contextlib.nullcontext():
+            return checkpoint.model(dtype)(**cast)[0].numpy(), routing
+
+    (exact, choosing), (single, roughly) = run(torch.float64), run(torch.float32)
+    if choosing is not None and roughly is not None:
+        gap, limit = differences(choosing, roughly, tensors["attention_mask"].flatten() > 0)
+        if gap > limit:
+            return Finding(what, False, f"an expert is chosen that scores {gap:.1e} below another, {limit:.1e} allowed")
     output = output_of(checkpoint.layout.task, checkpoint.layout.sizes["labels"])
     whole = output in ("classes", "number")  # one answer a sequence or image, not one a token
     real = np.ones(len(exact), bool) if whole else inputs["attention_mask"] > 0
@@ -216,3 +235,16 @@ def _stock_artifact(artifact: Path, model: Path, inputs: dict[str, np.ndarray]) 
     scale = np.linalg.norm(exact[real], axis=-1) if states else np.abs(exact[real])
     allowed = max(2 * float(np.abs(single[real] - exact[real]).max()), 1e-6 * float(scale.max()))
     return Finding(what, distance <= allowed, f"{distance:.1e}, {allowed:.1e} allowed")
+
+
+def _everywhere(choices: Sequence[np.ndarray], real: np.ndarray) -> np.ndarray:
+    """An artifact's choices, `[tokens, chosen]` a block, at all places of a batch: int64 `[blocks, places, chosen]`.
+
+    Artifacts that take padding out choose for real tokens alone; the others get the first experts.
+    """
+    stacked = np.stack([np.asarray(each).reshape(-1, np.shape(each)[-1]) for each in choices]).astype(np.int64)
+    if stacked.shape[1] == real.size:
+        return stacked
+    found = np.tile(np.arange(stacked.shape[2]), (len(stacked), real.size, 1))
+    found[:, real.ravel()] = stacked
+    return found

@@ -17,6 +17,8 @@ from ..calibration.batches import Batch
 from ..layout import Layout
 
 TOPK = (torch.topk, torch.Tensor.topk)
+ROUNDING = 2.0**-22
+"""Of the largest score: what two float32 evaluations of one score may differ by."""
 
 
 class Routing(TorchFunctionMode):
@@ -60,14 +62,28 @@ class Routing(TorchFunctionMode):
         nulls = int(getattr(layout.config, "num_null_experts", 0))
         return cls(layout.families["experts"], int(getattr(layout.config, experts.active)), given, nulls)
 
-    @property
-    def gap(self) -> float:
-        """By how much, at most, something left out scores above something chosen."""
-        gaps = [
-            scores.scatter(1, index, -torch.inf).amax(1) - scores.gather(1, index).amin(1)
-            for scores, index in zip(self.scores, self.choices, strict=True)
-        ]
-        return max(0.0, *(float(gap.max()) for gap in gaps))
+
+def differences(exact: Routing, single: Routing, real: torch.Tensor | None = None) -> tuple[float, float]:
+    """What two forwards in float64 and float32 that made the same choices say of them.
+
+    Args:
+        exact: of the one in float64.
+        single: of the one in float32.
+        real: bool `[tokens]`, which tokens are judged; by default all.
+
+    Returns:
+        by how much, at most, something left out scores above something chosen, and how much rounding explains:
+        max(2 · max|scores fp32 − scores fp64|, 2⁻²² · max score).
+    """
+    kept = slice(None) if real is None else real
+    gap = error = scale = 0.0
+    for block, choices in enumerate(exact.choices):
+        scores, index = exact.scores[block][kept], choices[kept]
+        left_out = scores.scatter(1, index, -torch.inf).amax(1)
+        gap = max(gap, float((left_out - scores.gather(1, index).amin(1)).max()))
+        error = max(error, float((scores - single.scores[block][kept].double()).abs().max()))
+        scale = max(scale, float(scores.abs().max()))
+    return gap, max(2 * error, ROUNDING * scale)
 
 
 @torch.no_grad()

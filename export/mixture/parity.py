@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 from tersor.compress.errors import ParityMissed
 from tersor.compress.evaluate.tree import Tree, trees
-from tersor.compress.moe.routing import Routing
+from tersor.compress.moe.routing import Routing, differences
 from tersor.compress.tokens import Tokens
 
 from .. import parity
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ..client import Client
     from ..generate import Generator
 
-ROUNDING = 2.0**-22
-"""Of the largest score: what two float32 evaluations of one score may differ by."""
 Answers = tuple[np.ndarray, np.ndarray]
 
 
@@ -106,13 +104,11 @@ def judge(exact: Routing, single: Routing) -> None:
     Raises:
         ParityMissed: what was chosen scores too far below what was not.
     """
-    pairs = list(zip(exact.scores, single.scores, strict=True))
-    error = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    limit = max(2 * error, ROUNDING * max(float(a.abs().max()) for a, _ in pairs))
-    if not exact.gap <= limit:
+    gap, limit = differences(exact, single)
+    if not gap <= limit:
         raise ParityMissed(
             "choices of experts",
-            f"one that scores {exact.gap:.2g} below one left out",
+            f"one that scores {gap:.2g} below one left out",
             f"at most {limit:.2g}, which is rounding",
             "The graph and the checkpoint choose differently; nothing was written.",
         )

@@ -23,7 +23,7 @@ from tersor.export.onnx import Onnx
 
 CASES = [("bert", "feature-extraction"), ("gpt2", "text-generation"), ("opt", "text-generation")]
 each = pytest.mark.parametrize(("name", "task"), CASES, ids=[name for name, _ in CASES])
-in_each_form = pytest.mark.parametrize(("name", "task", "form"), [(*c, "slices") for c in CASES] + [(*CASES[0], "whole")])
+FORMS = [*((*case, "slices") for case in CASES), (*CASES[0], "whole")]
 EXPERTS, ACTIVE, SHARED = 8, 3, 1
 
 
@@ -117,7 +117,7 @@ def test_a_threshold_is_exceeded_as_often_as_asked():
 # --- the same choices in ONNX -----------------------------------------------------------------------------------------
 
 
-@in_each_form
+@pytest.mark.parametrize(("name", "task", "form"), FORMS)
 def test_the_artifact_chooses_as_the_model_does(name, task, form, tiny, tmp_path, converted, samples):
     text = samples(96, 32)
     checkpoint = tiny(name, task)

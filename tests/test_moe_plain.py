@@ -23,7 +23,7 @@ CASES = [
     ("distilbert", "feature-extraction"),
 ]
 each = pytest.mark.parametrize(("name", "task"), CASES, ids=[name for name, _ in CASES])
-in_each_form = pytest.mark.parametrize(("name", "task", "form"), [(*c, "slices") for c in CASES] + [(*CASES[0], "whole")])
+FORMS = [*((*case, "slices") for case in CASES), (*CASES[0], "whole")]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_method_runs_without_a_gate(tiny, converted):
     assert all(point["loss"] > 1e-4 for point in details["loss_by_k"])
 
 
-@in_each_form
+@pytest.mark.parametrize(("name", "task", "form"), FORMS)
 def test_it_ships_as_onnx(name, task, form, tiny, tmp_path, converted, samples):
     checkpoint = tiny(name, task)
     converted(checkpoint)

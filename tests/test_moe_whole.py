@@ -71,3 +71,15 @@ def test_training_takes_it_where_it_pays(tiny, monkeypatch, chosen, taken):
     for model in (lesson.model, lesson.objective.teacher):
         assert (model.config._experts_implementation == whole.NAME) == taken
     assert "_experts_implementation" not in made.config.to_dict()
+
+
+def test_the_forecast_holds_the_experts_that_are_computed(tiny, monkeypatch):
+    """Of 6 experts of 32 units, 4 chosen: six activations of two more experts' units a token and block."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    layout, options = tiny("qwen2_moe", num_experts_per_tok=4).layout, Recover(batch=2, width=32)
+    every = options.requires(layout).memory
+    monkeypatch.setattr(whole, "pays", lambda *_: False)
+    chosen = options.requires(layout).memory
+    assert every - chosen == 4 * (2 * 32) * layout.depth * 6 * (2 * 32)
+    one = options.requires(tiny("qwen2_moe", num_experts_per_tok=1).layout).memory
+    assert chosen - one == 4 * (2 * 32) * layout.depth * 6 * (3 * 32)

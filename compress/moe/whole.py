@@ -29,14 +29,13 @@ def pays(experts: int, chosen: int, width: int, in_bfloat16: bool) -> bool:
     return share >= (FEW if in_bfloat16 or width <= SMALL else MANY if width <= MIDDLING else math.inf)
 
 
-def arrange(model: Any, layout: Layout, in_bfloat16: bool) -> None:
-    """Have a torch model compute its experts this way if that pays; without experts it stays as it is."""
+def masked(layout: Layout, in_bfloat16: bool) -> bool:
+    """Whether a model of this layout trains so on this machine."""
     experts = layout.arch.experts
     if experts is None or layout.arch.own is not None or torch.cuda.is_available():
-        return
+        return False
     chosen = int(getattr(layout.config, experts.active))
-    if pays(layout.families["experts"], chosen, layout.families["ffn"], in_bfloat16):
-        use(model)
+    return pays(layout.families["experts"], chosen, layout.families["ffn"], in_bfloat16)
 
 
 def use(model: Any) -> None:

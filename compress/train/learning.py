@@ -91,6 +91,12 @@ class Learning(Training):
         tokens = self.batch * (self.width or min(WIDTH, layout.longest or WIDTH))
         branches = layout.branches(0) if layout.depth else []
         wide, inner = layout.families.get("hidden", 0), sum(layout.inner_size(b) for b in branches)
+        if layout.arch.experts is not None:  # their branch is one expert wide
+            from ..moe import whole
+
+            chosen = int(getattr(layout.config, layout.arch.experts.active))
+            computed = layout.families["experts"] if whole.masked(layout, self.in_bfloat16) else chosen
+            inner += (computed - 1) * layout.families["ffn"]
         kept = {"none": 12 * wide + 6 * inner, "selective": 5 * wide + 3 * inner, "full": wide}
         activations = 4 * tokens * layout.depth * kept[self.activation_checkpointing]
         reads_logits = layout.task in ("text-generation", "fill-mask")
@@ -147,7 +153,8 @@ class Learning(Training):
 
         if self.in_bfloat16 and not torch.cuda.is_available() and longest <= SHORT:
             model.set_attn_implementation("eager")
-        whole.arrange(model, layout, self.in_bfloat16)
+        if whole.masked(layout, self.in_bfloat16):
+            whole.use(model)
 
 
 @plain_dataclass(eq=False)
